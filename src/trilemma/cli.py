@@ -1,0 +1,253 @@
+"""The command line. Everything heavy is imported by the command that needs it, so that `--help` answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trilemma.errors import TrilemmaError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trilemma.results import Results
+    from trilemma.study.plan import Plan
+
+app = typer.Typer(
+    name="trilemma",
+    help="Can collaborative learning be private, robust and scalable? Measured on your own images and model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.", show_default=False)]
+StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.", envvar="TRILEMMA_STORE")]
+DataFolder = Annotated[
+    Path | None, typer.Option("--data", help="Folder of your images.", envvar="TRILEMMA_DATA", show_default="./data")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a field, as in --set base.rounds=2; may be repeated.")
+]
+DEFAULT_STORE = Path("results")
+
+
+@app.command()
+def run(
+    study_file: StudyFile,
+    store: StoreFolder = DEFAULT_STORE,
+    data: DataFolder = None,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once.", show_default="the number of cores")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads of each process.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Train, compress, attack and report: whatever of the study is not in the store yet."""
+    from trilemma.report.html import write_report
+    from trilemma.study.engine import Engine
+    from trilemma.study.progress import Progress
+    from trilemma.study.store import Store
+    from trilemma.study.workplace import Workplace, choose_device
+
+    plan = _plan(study_file, overrides)
+    console = _console()
+    place = Workplace(store.resolve(), _roots(data), choose_device(device), threads, os.getpid())
+    with Store(store, write=True) as opened:
+        opened.open_study(plan.study.name, plan.study.question, study_file.read_text(encoding="utf-8"))
+        try:
+            Engine(plan, opened, place, jobs or os.cpu_count() or 1, Progress(console, quiet)).run()
+        finally:
+            # Whatever went wrong, what is in the store is worth a report.
+            results = _results(plan, opened, study_file, overrides)
+            path = _report_path(results, opened.files.reports())
+            if results.runs:
+                write_report(results, path)
+    _print_answer(console, results, path)
+
+
+@app.command()
+def check(
+    study_file: StudyFile, store: StoreFolder = DEFAULT_STORE, data: DataFolder = None, overrides: Overrides = None
+) -> None:
+    """Say what a study would do, what of it is in the store, and what can carry no guarantee, without running it."""
+    from trilemma.study.check import check_study
+
+    plan = _plan(study_file, overrides)
+    check_study(plan, store, _roots(data), _console())
+
+
+@app.command()
+def report(
+    study_file: StudyFile,
+    store: StoreFolder = DEFAULT_STORE,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file.", show_default="reports/NAME.html in the store")
+    ] = None,
+) -> None:
+    """Write the report of what the store holds of a study."""
+    from trilemma.report.html import write_report
+    from trilemma.study.store import Store
+
+    plan = _plan(study_file, overrides)
+    with Store(store) as opened:
+        results = _results(plan, opened, study_file, overrides)
+        path = out or _report_path(results, opened.files.reports())
+    _refuse_empty(results, store)
+    write_report(results, path)
+    _print_answer(_console(), results, path)
+
+
+@app.command()
+def export(
+    study_file: StudyFile,
+    out: Annotated[Path, typer.Argument(help="The file to write: .csv, .json, .tex or .md.", show_default=False)],
+    store: StoreFolder = DEFAULT_STORE,
+    overrides: Overrides = None,
+) -> None:
+    """Export a study's numbers: every measurement (CSV, JSON) or the table of configurations (LaTeX, Markdown)."""
+    from trilemma.report.export import export_csv, export_json, export_latex, export_markdown
+    from trilemma.study.store import Store
+
+    writers = {".csv": export_csv, ".json": export_json, ".tex": export_latex, ".md": export_markdown}
+    writer = writers.get(out.suffix.lower())
+    if writer is None:
+        raise UserError(str(out), "has no known ending", f"Use one of {', '.join(writers)}")
+    plan = _plan(study_file, overrides)
+    with Store(store) as opened:
+        results = _results(plan, opened, study_file, overrides)
+    _refuse_empty(results, store)
+    writer(results, out)
+    _console().print(f"wrote {out}", highlight=False)
+
+
+@app.command("list")
+def list_studies(store: StoreFolder = DEFAULT_STORE) -> None:
+    """List the studies and trainings in a store."""
+    from trilemma.study.inspect import list_store
+    from trilemma.study.store import Store
+
+    with Store(store) as opened:
+        list_store(opened, _console())
+
+
+@app.command()
+def show(
+    key: Annotated[str, typer.Argument(help="The key of a training or an artefact, or its beginning.")],
+    store: StoreFolder = DEFAULT_STORE,
+) -> None:
+    """Show everything that is known of a training or an artefact."""
+    from trilemma.study.inspect import show_key
+    from trilemma.study.store import Store
+
+    with Store(store) as opened:
+        show_key(opened, key, _console())
+
+
+@app.command()
+def data(study_file: StudyFile, data: DataFolder = None, overrides: Overrides = None) -> None:
+    """Show what a study's source holds and how it is partitioned over the hospitals."""
+    from trilemma.study.check import show_data
+
+    show_data(_plan(study_file, overrides), _roots(data), _console())
+
+
+def version_callback(wanted: bool) -> None:
+    """Prints the version and ends."""
+    if wanted:
+        from trilemma import __version__
+
+        typer.echo(f"trilemma {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=version_callback, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line: 0 for success, 2 for the user's mistakes, 1 for failures, never a traceback."""
+    try:
+        app()
+    except TrilemmaError as error:
+        _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _end("stopped. What has ended is stored; run the same command again to go on.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the output has gone
+        sys.exit(1)
+    except Exception as error:  # a defect of ours: keep its traceback for a report, and spare the user
+        _end(f"internal error ({type(error).__name__}: {error}). Please report it with {_keep_traceback()}.", 1)
+
+
+def _end(message: str, code: int) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="bold red", markup=False, highlight=False)
+    sys.exit(code)
+
+
+def _keep_traceback() -> str:
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="trilemma-error-", suffix=".txt", delete=False) as file:
+        file.write(traceback.format_exc())
+    return file.name
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _plan(study_file: Path, overrides: list[str] | None) -> "Plan":
+    from trilemma.study.load import load_study
+    from trilemma.study.plan import make_plan
+
+    return make_plan(load_study(study_file, tuple(overrides or ())), str(study_file))
+
+
+def _roots(folder: Path | None):  # noqa: ANN202 - DataRoots is imported late
+    from dataclasses import replace
+
+    from trilemma.data.roots import default_roots
+
+    roots = default_roots()
+    return replace(roots, data=folder) if folder else roots
+
+
+def _results(plan: "Plan", store, study_file: Path, overrides: list[str] | None) -> "Results":  # noqa: ANN001
+    from trilemma.study.assemble import assemble
+
+    changes = "".join(f" --set {override}" for override in overrides or ())
+    return assemble(plan, store, study_file.read_text(encoding="utf-8"), f"trilemma run {study_file}{changes}")
+
+
+def _report_path(results: "Results", folder: Path) -> Path:
+    return folder / f"{results.name}.html"
+
+
+def _refuse_empty(results: "Results", store: Path) -> None:
+    if not results.runs:
+        raise UserError(
+            str(store), f"holds nothing of the study '{results.name}'", "Run it first: trilemma run STUDY.toml"
+        )
+
+
+def _print_answer(console: "Console", results: "Results", path: Path) -> None:
+    from trilemma.report.terminal import answer_table, answer_text
+
+    console.print(answer_table(results))
+    for sentence in answer_text(results):
+        console.print(sentence, highlight=False, markup=False)
+    console.print(f"\nReport: {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,36 @@
+"""Where images are looked for and where decoded or downloaded ones are kept."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DataRoots:
+    """The two folders that every source works with.
+
+    Attributes:
+        data: The user's images; relative paths in a study are relative to it. Never written to.
+        cache: Downloads and decoded images; may be deleted at any time.
+        offline: True forbids downloads.
+    """
+
+    data: Path
+    cache: Path
+    offline: bool = False
+
+    def locate(self, path: str) -> Path:
+        """Returns a study's path: as it is if absolute, below `data` otherwise."""
+        return self.data / Path(path).expanduser()
+
+
+def default_roots() -> DataRoots:
+    """Returns the roots that TRILEMMA_DATA (default ./data) and TRILEMMA_CACHE (default ~/.cache/trilemma) name.
+
+    TRILEMMA_OFFLINE set to anything but "" or "0" forbids downloads.
+    """
+    return DataRoots(
+        data=Path(os.environ.get("TRILEMMA_DATA") or "data").expanduser(),
+        cache=Path(os.environ.get("TRILEMMA_CACHE") or "~/.cache/trilemma").expanduser(),
+        offline=os.environ.get("TRILEMMA_OFFLINE", "") not in ("", "0"),
+    )

@@ -1,0 +1,94 @@
+"""What a model is worth on images as they are: every metric with its interval, per client and for the worst one."""
+
+import numpy as np
+
+from trilemma.evaluation import metrics
+from trilemma.evaluation.estimates import bootstrapped, class_rates, draws, missing_class, share, undefined
+from trilemma.evaluation.measurement import Measurement
+from trilemma.evaluation.metrics import Floats, Integers
+
+
+def clean_measurements(
+    logits_NK: Floats, labels_N: Integers, units_N: Integers, client_N: Integers, clients: tuple[str, ...], seed: int
+) -> list[Measurement]:
+    """Returns the clean metrics of one artefact.
+
+    Shares (accuracy, majority_accuracy, and sensitivity and specificity of two classes) have Wilson's interval over
+    patients, the rest the percentile bootstrap over patients. Every client has accuracy and AUROC; the client
+    "worst" repeats those of the client with the lowest accuracy, the first of equal ones.
+
+    Args:
+        logits_NK: The shipped model's logits on the test split.
+        labels_N: True classes.
+        units_N: The patient of every record (`Records.units`).
+        client_N: Position in `clients` of the client whose patients a record is like.
+        clients: The clients' names.
+        seed: Seed of the bootstrap.
+    """
+    found = _overall(logits_NK, labels_N, units_N, seed)
+    pairs = []
+    for position, client in enumerate(clients):
+        mine_N = client_N == position
+        weights_RN = draws(units_N[mine_N], seed)
+        of_client = (
+            _accuracy(logits_NK[mine_N], labels_N[mine_N], units_N[mine_N]),
+            _auroc(logits_NK[mine_N], labels_N[mine_N], weights_RN),
+        )
+        pairs.append([measurement._replace(client=client) for measurement in of_client])
+    measured = [pair for pair in pairs if pair[0].value is not None]
+    worst = min(measured, key=lambda pair: pair[0].value or 0.0, default=[])
+    found += [measurement for pair in pairs for measurement in pair]
+    return found + [measurement._replace(client="worst") for measurement in worst]
+
+
+def _overall(logits_NK: Floats, labels_N: Integers, units_N: Integers, seed: int) -> list[Measurement]:
+    num_classes = logits_NK.shape[1]
+    answers_N = metrics.predictions(logits_NK)
+    weights_RN = draws(units_N, seed)
+
+    def balanced(weights: Floats) -> Floats:
+        return metrics.balanced_accuracy(metrics.confusion(answers_N, labels_N, num_classes, weights))
+
+    def correlation(weights: Floats) -> Floats:
+        return metrics.mcc(metrics.confusion(answers_N, labels_N, num_classes, weights))
+
+    missing = missing_class(labels_N, num_classes)
+    always_N = np.full(len(labels_N), metrics.majority_class(labels_N))
+    return [
+        _accuracy(logits_NK, labels_N, units_N),
+        bootstrapped("balanced_accuracy", balanced, weights_RN, missing),
+        _auroc(logits_NK, labels_N, weights_RN),
+        bootstrapped("mcc", correlation, weights_RN, "all records are of one class", "coefficient"),
+        *class_rates(answers_N, labels_N, num_classes, units_N, weights_RN),
+        _calibration(logits_NK, labels_N, weights_RN),
+        share("majority_accuracy", always_N == labels_N, units_N, "test record"),
+    ]
+
+
+def _accuracy(logits_NK: Floats, labels_N: Integers, units_N: Integers) -> Measurement:
+    return share("accuracy", metrics.predictions(logits_NK) == labels_N, units_N, "test record")
+
+
+def _auroc(logits_NK: Floats, labels_N: Integers, weights_RN: Floats) -> Measurement:
+    if not np.isfinite(logits_NK).all():
+        return undefined("auroc", _not_finite(logits_NK), len(labels_N))
+    missing = missing_class(labels_N, logits_NK.shape[1])
+    return bootstrapped("auroc", lambda weights: metrics.auroc(logits_NK, labels_N, weights), weights_RN, missing)
+
+
+def _calibration(logits_NK: Floats, labels_N: Integers, weights_RN: Floats) -> Measurement:
+    name = "expected_calibration_error"
+    if not len(labels_N):
+        return undefined(name, "there is no test record")
+    if not np.isfinite(logits_NK).all():
+        return undefined(name, _not_finite(logits_NK), len(labels_N))
+
+    def error(weights: Floats) -> Floats:
+        return metrics.expected_calibration_error(logits_NK, labels_N, weights)
+
+    return bootstrapped(name, error, weights_RN, "the value is not finite")
+
+
+def _not_finite(logits_NK: Floats) -> str:
+    broken = int((~np.isfinite(logits_NK)).any(1).sum())
+    return f"the answers to {broken} of {len(logits_NK)} images are not finite"

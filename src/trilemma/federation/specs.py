@@ -1,0 +1,267 @@
+"""What a study may say about one training: its data, model, clients, server and their defences."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trilemma.attacks.poisoning.specs import NoThreat, ThreatSpec
+from trilemma.data.specs import DataSpec, PartitionSpec
+from trilemma.federation.aggregation import Aggregation, mean
+from trilemma.federation.optimizers import Optimizer, adam, sgd
+from trilemma.models.specs import ModelSpec
+from trilemma.privacy.specs import DpSgd, NoPrivacy, PrivacySpec
+from trilemma.robustness.specs import DefenceSpec, NoDefence
+from trilemma.spec import Spec
+
+
+class Augmentation(Spec):
+    """Random changes of training images, drawn anew for every record and step.
+
+    Attributes:
+        shift: Largest shift in pixels, in both directions; the border is repeated.
+        flip: Mirror left and right with probability one half. It moves the heart to the other side.
+    """
+
+    shift: int = Field(default=0, ge=0, le=64)
+    flip: bool = False
+
+
+class Local(Spec):
+    """How a client trains within a round.
+
+    Attributes:
+        optimizer: Starts afresh each round, except in `centralised` and `local_only` training.
+        learning_rate: At the start; `schedule` lowers it.
+        momentum: Of SGD.
+        weight_decay: Added to the gradient (SGD) or decoupled (Adam).
+        batch_size: Records per step; under DP the expected number of a Poisson-sampled batch.
+        epochs: Passes over the client's records per round. Or give `steps`.
+        steps: Steps per round. Or give `epochs`.
+        schedule: "cosine" falls to zero over all rounds.
+        augmentation: Random changes of training images.
+    """
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = Field(default=0.05, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    batch_size: int = Field(default=64, ge=1)
+    epochs: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    schedule: Literal["constant", "cosine"] = "constant"
+    augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Local":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give either epochs or steps, and not both (neither means one epoch)")
+        return self
+
+    def make(self) -> Optimizer:
+        """Returns the optimizer."""
+        if self.optimizer == "adam":
+            return adam(weight_decay=self.weight_decay)
+        return sgd(self.momentum, self.weight_decay)
+
+    def steps_per_round(self, num_records: int) -> int:
+        """Returns the steps of one round for a client with `num_records` records."""
+        if self.steps is not None:
+            return self.steps
+        return (self.epochs or 1) * -(-num_records // self.batch_size)
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return f"{self.optimizer} {self.learning_rate:g}, batch {self.batch_size}"
+
+
+class FedAvg(Spec):
+    """Federated averaging (McMahan et al. 2017, Algorithm 1).
+
+    Attributes:
+        weights: Of the clients' updates: "records" by their number of records, "equal", or public numbers, one for
+            each client. Under DP the number of records is not a weight: "equal" or public numbers.
+        clients_per_round: How many take part in a round, drawn at random; all by default.
+    """
+
+    kind: Literal["fedavg"] = "fedavg"
+    weights: Literal["records", "equal"] | tuple[Annotated[float, Field(gt=0)], ...] = "equal"
+    clients_per_round: int | None = Field(default=None, ge=1)
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return "FedAvg"
+
+
+class FedProx(FedAvg):
+    """FedAvg whose clients are held near the round's model by (mu / 2) |w - w_round|^2 (Li et al. 2020, Algorithm 2).
+
+    Attributes:
+        mu: Strength of the hold.
+    """
+
+    kind: Literal["fedprox"] = "fedprox"  # pyright: ignore[reportIncompatibleVariableOverride]
+    mu: float = Field(default=0.01, gt=0)
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return f"FedProx mu {self.mu:g}"
+
+
+class Centralised(Spec):
+    """All records in one place: what the hospitals could reach if they pooled their images."""
+
+    kind: Literal["centralised"] = "centralised"
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return "centralised"
+
+
+class LocalOnly(Spec):
+    """Each hospital alone: what it reaches without collaborating.
+
+    Attributes:
+        client: Which hospital; a study that leaves it out trains each of them.
+    """
+
+    kind: Literal["local_only"] = "local_only"
+    client: int | None = Field(default=None, ge=0)
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return "local only"
+
+
+AlgorithmSpec = Annotated[FedAvg | FedProx | Centralised | LocalOnly, Field(discriminator="kind")]
+
+
+class ServerSgd(Spec):
+    """The server moves along the aggregated update.
+
+    Attributes:
+        learning_rate: 1 is plain averaging.
+        momentum: Above 0 it is FedAvgM (Hsu et al. 2019).
+    """
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: float = Field(default=1.0, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return f"server momentum {self.momentum:g}" if self.momentum else "server average"
+
+    def make(self) -> Optimizer:
+        """Returns the server's optimizer, for the negative update as gradient."""
+        return sgd(self.momentum)
+
+
+class ServerAdam(Spec):
+    """FedAdam (Reddi et al. 2021, Algorithm 2).
+
+    Attributes:
+        learning_rate: Of the server.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        tau: Adaptivity; smaller adapts more.
+    """
+
+    kind: Literal["adam"] = "adam"
+    learning_rate: float = Field(default=0.01, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    tau: float = Field(default=1e-3, gt=0)
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return "server Adam"
+
+    def make(self) -> Optimizer:
+        """Returns the server's optimizer, for the negative update as gradient."""
+        return adam(self.beta1, self.beta2, self.tau, debias=False)
+
+
+ServerSpec = Annotated[ServerSgd | ServerAdam, Field(discriminator="kind")]
+
+
+class Mean(Spec):
+    """The weighted mean of the updates."""
+
+    kind: Literal["mean"] = "mean"
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return "mean"
+
+    def make(self) -> Aggregation:
+        """Returns the rule."""
+        return mean()
+
+
+AggregationSpec = Mean
+
+
+class TrainSpec(Spec):
+    """One training, complete: equal specs give equal models.
+
+    Attributes:
+        data: Where the images come from.
+        partition: Which hospital holds which.
+        model: The network.
+        algorithm: How the hospitals collaborate, or one of the baselines without collaboration.
+        local: How a client trains.
+        server: What the server does with the aggregated update.
+        aggregation: How updates become one.
+        defence: Training objective against inference-time attacks.
+        privacy: Differential privacy.
+        threat: What malicious clients do at training time.
+        rounds: Rounds of the federation; epochs of training pass by `local`.
+        seed: Of everything random.
+    """
+
+    data: DataSpec
+    partition: PartitionSpec
+    model: ModelSpec
+    algorithm: AlgorithmSpec = FedAvg()
+    local: Local = Local()
+    server: ServerSpec = ServerSgd()
+    aggregation: AggregationSpec = Mean()
+    defence: DefenceSpec = NoDefence()
+    privacy: PrivacySpec = NoPrivacy()
+    threat: ThreatSpec = NoThreat()
+    rounds: int = Field(default=10, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _clients_exist(self) -> "TrainSpec":
+        num_clients = self.partition.num_clients
+        self.threat.malicious(num_clients)  # raises with the field and the remedy
+        if isinstance(self.algorithm, LocalOnly) and (self.algorithm.client or 0) >= num_clients:
+            raise ValueError(
+                f"algorithm.client {self.algorithm.client} is not one of the {num_clients} clients (0-based)"
+            )
+        if not isinstance(self.algorithm, FedAvg):
+            return self
+        per_round, weights = self.algorithm.clients_per_round, self.algorithm.weights
+        if per_round is not None and per_round > num_clients:
+            raise ValueError(
+                f"algorithm.clients_per_round {per_round} exceeds the {num_clients} clients of the partition"
+            )
+        if isinstance(weights, tuple) and len(weights) != num_clients:
+            raise ValueError(
+                f"algorithm.weights has {len(weights)} numbers for {num_clients} clients; give one for each"
+            )
+        if isinstance(self.privacy, DpSgd) and weights == "records":
+            raise ValueError(
+                "algorithm.weights 'records' ties every update to counts that the guarantee does not cover; "
+                "under DP use 'equal' or give public numbers"
+            )
+        return self

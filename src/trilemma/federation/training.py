@@ -1,0 +1,94 @@
+"""A whole training: prepare it, advance it round by round, and say what may be claimed of the result.
+
+The rounds are the caller's loop, so that whoever runs them can store every state without a callback:
+
+    federation = prepare(spec, dataset, device)
+    state = initial_state(federation)
+    while state.round < spec.rounds:
+        state = run_round(federation, state)
+"""
+
+import torch
+
+from trilemma.data.records import Dataset
+from trilemma.errors import UserError
+from trilemma.federation.clients import make_clients
+from trilemma.federation.local_training import load_model
+from trilemma.federation.round import Federation, server_optimizer
+from trilemma.federation.specs import Centralised, TrainSpec
+from trilemma.federation.state import TrainingState
+from trilemma.models.classifier import Classifier
+from trilemma.models.norms import batch_norm_layers
+from trilemma.models.vector import get_buffers, get_params
+from trilemma.privacy.accounting import accountant_name, epsilon
+from trilemma.privacy.guarantee import NO_PRIVACY, Guarantee
+from trilemma.privacy.specs import DpSgd
+
+
+def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device) -> Federation:
+    """Returns a federation that is ready for its first round.
+
+    Raises:
+        UserError: If model, privacy and data do not go together.
+    """
+    classifier = spec.model.make(dataset.channels, dataset.image_size, len(dataset.classes), spec.seed)
+    refuse_batch_norm_under_dp(spec, classifier)
+    partition = spec.partition.make()(dataset, spec.seed)
+    clients = make_clients(spec, dataset, partition)
+    return Federation(spec, clients, dataset.val, classifier.to(device))
+
+
+def initial_state(federation: Federation) -> TrainingState:
+    """Returns the state before the first round, from the model's initialisation."""
+    params_P = get_params(federation.classifier)
+    server = server_optimizer(federation.spec)
+    return TrainingState(0, params_P, get_buffers(federation.classifier), server.init(params_P) if server else {})
+
+
+def trained_model(federation: Federation, state: TrainingState) -> Classifier:
+    """Returns the workspace with the state's weights in it, in evaluation mode."""
+    load_model(federation.classifier, state.params_P, state.buffers_Q)
+    return federation.classifier.eval()
+
+
+def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
+    """Returns what may be claimed of the state's model, from the steps that ran."""
+    spec = federation.spec
+    if not isinstance(spec.privacy, DpSgd):
+        return NO_PRIVACY
+    plans = {client.name: client.plan for client in federation.clients if client.plan is not None}
+    events = {name: (plan.event(state.private_steps.get(name, 0)),) for name, plan in plans.items()}
+    outside = [
+        "the number of records of each hospital (published: it sets the sampling rate)",
+        "the validation curve, shown to whoever runs the study",
+        "the choice of settings, if they were chosen by looking at private results",
+    ]
+    if isinstance(spec.algorithm, Centralised):
+        outside.append("the pooling itself: one place sees every image")
+    return Guarantee(
+        unit=spec.privacy.unit,
+        trust=spec.privacy.trust,
+        delta=spec.privacy.delta,
+        epsilon_by_client={name: epsilon(steps, spec.privacy.delta) for name, steps in events.items()},
+        events_by_client=events,
+        clip=spec.privacy.clip,
+        accountant=accountant_name(),
+        noise_source="seeded noise, for research only: whoever knows the seed can take it away",
+        outside=tuple(outside),
+    )
+
+
+def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:
+    """Refuses a layer whose statistics mix the records of a batch: no record's influence could be bounded.
+
+    Raises:
+        UserError: Naming the layer and the alternatives.
+    """
+    layers = batch_norm_layers(classifier)
+    if layers and isinstance(spec.privacy, DpSgd):
+        raise UserError(
+            "model.norm",
+            f"layer '{layers[0]}' normalises by batch statistics, which DP-SGD cannot bound per record",
+            'Use norm = "group" (resnet9, resnet18), or for a MONAI network arguments = '
+            '{ norm = ["group", { num_groups = 8 }] } or norm = "instance"',
+        )

@@ -1,0 +1,316 @@
+"""The study's answer in words, drawn from its numbers by fixed rules.
+
+Every sentence names its numbers and their intervals. Where the interval of a difference includes zero, it says
+that no difference can be shown, and not that there is none.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from trilemma.report import numbers
+from trilemma.report.comparisons import Pair, change, named, pairs, side_by_side
+from trilemma.report.configurations import UNCOMPRESSED, Headline, Row, configuration_rows, headline
+from trilemma.report.estimates import Estimate
+from trilemma.report.verdict import attack, verdict
+from trilemma.results import Results
+
+#: Comparisons of one kind that are written out; the others stand in the table.
+MOST_PAIRS = 3
+
+_KEPT = "of the right answers survive"
+
+
+class Finding(NamedTuple):
+    """One paragraph of the answer.
+
+    Attributes:
+        topic: What it is about, a few words.
+        sentences: One per comparison.
+        caution: True where it limits what the other paragraphs mean.
+    """
+
+    topic: str
+    sentences: tuple[str, ...]
+    caution: bool = False
+
+    @property
+    def text(self) -> str:
+        """Returns the paragraph."""
+        return " ".join(self.sentences)
+
+
+def answer(results: Results) -> tuple[Finding, ...]:
+    """Returns the answer: what limits it, the verdict, then one paragraph per question that the study can answer."""
+    rows = configuration_rows(results)
+    if not rows:
+        return (*_limits(results, rows), Finding("No answer yet", ("Nothing has been measured.",), caution=True))
+    by = headline(rows)
+    findings = [
+        *_limits(results, rows),
+        Finding("Private, robust and scalable at once?", (verdict(rows, by),)),
+        *_constant(rows),
+        *_collaboration(rows, by),
+        *_privacy(rows, by),
+        *_defence(rows, by),
+        *_together(rows, by),
+        *_fragility(rows, by),
+        *_compression(rows, by),
+        *_threat(rows, by),
+    ]
+    return tuple(findings)
+
+
+def _limits(results: Results, rows: Sequence[Row]) -> list[Finding]:
+    found = []
+    if any(facts.synthetic for facts in results.data):
+        whole = "The images are" if all(facts.synthetic for facts in results.data) else "Some of the images are"
+        found.append(
+            Finding(
+                "Synthetic images",
+                (
+                    f"{whole} synthetic: computed and not taken of patients. The numbers show how the methods behave, "
+                    "not how they would do in a hospital.",
+                ),
+                caution=True,
+            )
+        )
+    if results.missing:
+        num = len(results.missing)
+        cells = "one cell of the study is" if num == 1 else f"{num} cells of the study are"
+        text = f"The study is unfinished: {cells} missing (listed below). What follows rests on what is there."
+        found.append(Finding("Unfinished", (text,), caution=True))
+    if rows and max(len(row.seeds) for row in rows) == 1:
+        text = "One seed each: the intervals speak of other test images, not of another training of the same kind."
+        found.append(Finding("One seed", (text,), caution=True))
+    return found
+
+
+def _constant(rows: Sequence[Row]) -> list[Finding]:
+    found = []
+    for label in dict.fromkeys(row.configuration for row in rows):
+        same = [row for row in rows if row.configuration == label]
+        phrases = [phrase for row in same for phrase in row.constant]
+        trained = sum(row.num_trainings for row in same)
+        behind = [row for row in same if _at_most_majority(row)]
+        if phrases:
+            text = (
+                f"“{label}” {' and '.join(dict.fromkeys(phrases))} ({len(phrases)} of its {trained} models). Its "
+                "accuracy is that class's share of the images, and its robustness that of a constant."
+            )
+            found.append(Finding("A constant answer", (text,), caution=True))
+        elif behind:
+            row = behind[0]
+            text = (
+                f"“{row.title}” is right on {numbers.metric_estimate('accuracy', row.metric('accuracy'))} of the "
+                f"images, no more than always giving the most frequent answer ({numbers.percent(row.majority or 0)})."
+            )
+            found.append(Finding("No better than a constant", (text,), caution=True))
+    return found
+
+
+def _at_most_majority(row: Row) -> bool:
+    accuracy = row.metric("accuracy").value
+    return accuracy is not None and row.majority is not None and accuracy <= row.majority
+
+
+def _collaboration(rows: Sequence[Row], by: Headline) -> list[Finding]:
+    def federated(row: Row) -> bool:
+        return row.kind("algorithm") not in ("local_only", "centralised")
+
+    texts = []
+    alone = pairs(rows, ["algorithm"], federated, lambda row: row.kind("algorithm") == "local_only")
+    for pair in alone[:MOST_PAIRS]:
+        effect = change(pair, by.utility)
+        if effect is not None:
+            opening = {1: "Collaboration is worth it", -1: "Collaboration did not pay", 0: "Whether it pays is open"}
+            texts.append(
+                f"{opening[effect.sign]}. “{pair.changed.configuration}”, trained together, against each hospital "
+                f"alone: {effect.sentence}"
+            )
+    pooled = pairs(rows, ["algorithm"], federated, lambda row: row.kind("algorithm") == "centralised")
+    for pair in pooled[:MOST_PAIRS]:
+        effect = change(pair, by.utility)
+        if effect is not None:
+            texts.append(f"“{pair.changed.configuration}” against pooling all images in one place: {effect.sentence}")
+    return _finding("Is collaboration worth it?", texts, len(alone) + len(pooled), 2 * MOST_PAIRS)
+
+
+def _privacy(rows: Sequence[Row], by: Headline) -> list[Finding]:
+    found = pairs(rows, ["privacy"], _with("privacy"), _without("privacy"))
+    texts = []
+    for pair in found[:MOST_PAIRS]:
+        effect = change(pair, by.utility)
+        if effect is not None:
+            claim = (
+                "no guarantee, for it is void"
+                if pair.changed.epsilon is None
+                else f"ε ≤ {numbers.epsilon(pair.changed.epsilon)} for every hospital"
+            )
+            texts.append(f"{named(pair)} ({claim}): {effect.sentence}")
+    return _finding("What does privacy cost?", texts, len(found), MOST_PAIRS)
+
+
+def _defence(rows: Sequence[Row], by: Headline) -> list[Finding]:
+    found = pairs(rows, ["defence"], _with("defence"), _without("defence"))
+    texts = []
+    for pair in found[:MOST_PAIRS]:
+        cost = change(pair, by.utility)
+        if cost is None:
+            continue
+        texts.append(f"{named(pair)}, on clean images: {cost.sentence}")
+        bought = _robust_change(pair, by)
+        if bought:
+            texts.append(f"Under {attack(by)}: {bought} {_against_majority(pair, by)}".rstrip())
+    return _finding("What does adversarial training cost and buy?", texts, len(found), MOST_PAIRS)
+
+
+def _together(rows: Sequence[Row], by: Headline) -> list[Finding]:
+    found = pairs(
+        rows,
+        ["privacy", "defence"],
+        _with("privacy", "defence"),
+        _without("privacy", "defence"),
+    )
+    texts = []
+    for pair in found[:MOST_PAIRS]:
+        cost = change(pair, by.utility)
+        if cost is not None:
+            texts.append(f"{named(pair)}, on clean images: {cost.sentence}")
+        bought = _robust_change(pair, by)
+        if bought:
+            texts.append(f"Under {attack(by)}: {bought} {_against_majority(pair, by)}".rstrip())
+    return _finding("What do both cost together?", texts, len(found), MOST_PAIRS)
+
+
+def _fragility(rows: Sequence[Row], by: Headline) -> list[Finding]:
+    if not by.evaluation:
+        return []
+    found = pairs(
+        rows,
+        ["privacy"],
+        lambda row: _with("privacy")(row) and _without("defence")(row) and not row.constant,
+        _without("privacy", "defence"),
+    )
+    texts = []
+    for pair in found[:MOST_PAIRS]:
+        at = _telling(pair, by)
+        effect = side_by_side(_among_correct(pair.changed, at), _among_correct(pair.base, at), "robust_accuracy", _KEPT)
+        if effect is None:
+            continue
+        opening = {
+            1: "No, the private model keeps more of its right answers",
+            -1: "Yes, the private model loses more of its right answers",
+            0: "It cannot be told",
+        }
+        texts.append(f"{opening[effect.sign]}. {named(pair)}, under {attack(at)}: {effect.sentence}")
+    return _finding("Does privacy alone make it more fragile?", texts, len(found), MOST_PAIRS)
+
+
+def _compression(rows: Sequence[Row], by: Headline) -> list[Finding]:
+    full = {row.configuration: row for row in rows if row.compression == UNCOMPRESSED}
+    found = []
+    for label in dict.fromkeys(row.compression for row in rows if row.compression != UNCOMPRESSED):
+        same = [
+            Pair(row, full[row.configuration], exact=True)
+            for row in rows
+            if row.compression == label and row.configuration in full
+        ]
+        texts = []
+        smaller = _ratios(same, lambda row: row.file_bytes)
+        if smaller:
+            texts.append(f"{label} makes the file {smaller} times smaller.")
+        faster = _ratios(same, lambda row: row.latency_1)
+        if faster:
+            texts.append(f"Fp32 needs {faster} times as long as {label} for one image.")
+        texts.extend(_largest_change(same, "accuracy", by))
+        found.extend(_finding(f"What does {label} cost and save?", texts, 0, 0))
+    return found
+
+
+def _largest_change(same: Sequence[Pair], metric: str, by: Headline) -> list[str]:
+    effects = [(pair, effect) for pair in same if (effect := change(pair, metric)) is not None]
+    if not effects:
+        return []
+    values = [effect.difference.value for _, effect in effects]
+    pair, worst = min(effects, key=lambda item: item[1].difference.value)
+    if len(effects) == 1:
+        return [f"In accuracy, {worst.sentence}"]
+    span = numbers.metric_bounds(metric, min(values), max(values))
+    return [
+        f"Over {len(effects)} configurations the accuracy changes by {span} points; "
+        f"at worst, for “{pair.changed.configuration}”, {worst.sentence}"
+    ]
+
+
+def _threat(rows: Sequence[Row], by: Headline) -> list[Finding]:
+    found = pairs(rows, ["threat"], _with("threat"), _without("threat"))
+    texts = []
+    for pair in found[:MOST_PAIRS]:
+        effect = change(pair, by.utility)
+        if effect is not None:
+            texts.append(f"{named(pair)}, on clean images: {effect.sentence}")
+        bought = _robust_change(pair, by)
+        if bought:
+            texts.append(f"Under {attack(by)}: {bought}")
+    return _finding("What does the threat do?", texts, len(found), MOST_PAIRS)
+
+
+def _with(*fields: str) -> Callable[[Row], bool]:
+    return lambda row: all(row.kind(field) != "none" for field in fields)
+
+
+def _without(*fields: str) -> Callable[[Row], bool]:
+    return lambda row: all(row.kind(field) == "none" for field in fields)
+
+
+def _finding(topic: str, texts: Sequence[str], num_found: int, most: int) -> list[Finding]:
+    if not texts:
+        return []
+    more = [f"{num_found - most} more comparisons of this kind stand in the table."] if num_found > most else []
+    return [Finding(topic, (*texts, *more))]
+
+
+def _telling(pair: Pair, by: Headline) -> Headline:
+    """Returns the radius that tells most: where the base keeps closest to half of its right answers."""
+    radii = [a.radius for a in pair.base.attacked if a.evaluation == by.evaluation]
+    kept = {radius: pair.base.under(by.evaluation, radius).among_correct.value for radius in radii}
+    known = {radius: value for radius, value in kept.items() if value is not None}
+    return by._replace(radius=min(known, key=lambda radius: abs(known[radius] - 0.5))) if known else by
+
+
+def _robust(row: Row, by: Headline) -> Estimate:
+    return row.under(by.evaluation, by.radius).robust
+
+
+def _among_correct(row: Row, by: Headline) -> Estimate:
+    return row.under(by.evaluation, by.radius).among_correct
+
+
+def _robust_change(pair: Pair, by: Headline) -> str:
+    if not by.evaluation:
+        return ""
+    effect = side_by_side(_robust(pair.changed, by), _robust(pair.base, by), "robust_accuracy")
+    return "" if effect is None else effect.sentence
+
+
+def _against_majority(pair: Pair, by: Headline) -> str:
+    value, majority = _robust(pair.changed, by).value, pair.changed.majority
+    if value is None or majority is None:
+        return ""
+    share = numbers.percent(majority)
+    if value <= majority:
+        return f"That is no more than always giving the most frequent answer ({share}), so it is not robust."
+    return f"Always giving the most frequent answer reaches {share}."
+
+
+def _ratios(same: Sequence[Pair], read: Callable[[Row], Estimate]) -> str:
+    """Returns by how much the uncompressed side is larger, as "3.6" or "3.6 to 3.7"."""
+    ratios = []
+    for pair in same:
+        small, large = read(pair.changed).value, read(pair.base).value
+        if small and large:
+            ratios.append(large / small)
+    if not ratios:
+        return ""
+    low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,353 @@
+"""One row per configuration and compression: what the seeds measured, put together for tables and sentences."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from trilemma.evaluation.measurement import Measurement
+from trilemma.report.estimates import Estimate, estimate, exact
+from trilemma.results import Artefact, DataFacts, Evaluated, Results, Run
+
+#: Evaluations that attack, weakest first; a model is judged by the strongest that the study holds.
+ATTACK_STRENGTH = {"transfer": 0, "fgsm": 1, "pgd": 2, "all_at_once": 3}
+
+#: Fields of a training that a study may tune per configuration without changing what is compared.
+_TUNING = frozenset({"local", "rounds", "server", "aggregation"})
+
+#: Label of a model as it was trained.
+UNCOMPRESSED = "fp32"
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A configuration under one attack at one radius, over all records and the worst source.
+
+    Attributes:
+        evaluation: The evaluation's label, such as "PGD-10 Linf".
+        kind: "fgsm", "pgd", "transfer" or "all_at_once".
+        radius: In pixel units.
+        robust: Robust accuracy: right on the clean image and on the attacked one.
+        among_correct: The same among the images that were right before the attack.
+    """
+
+    evaluation: str
+    kind: str
+    radius: float
+    robust: Estimate
+    among_correct: Estimate
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration, compressed one way, over its seeds.
+
+    Attributes:
+        configuration: The training's label.
+        compression: The artefact's label.
+        spec: The training's spec without its seed and without the hospital that trained alone.
+        seeds: Seeds that reached this row.
+        num_trainings: Trainings behind it; more than the seeds where each hospital trained alone.
+        clean: Metric -> estimate over all test records.
+        clients: Client name, or "worst" -> metric -> estimate; a hospital that trained alone is judged on its own.
+        attacked: Every attack and radius.
+        epsilon: The largest over clients and seeds, or None where nothing may be claimed.
+        delta: Its delta, or None.
+        void: Why nothing may be claimed, one phrase each; empty where epsilon stands.
+        file_bytes: Of the shipped file.
+        latency_1: Seconds for one image; the interval holds quartiles.
+        latency_32: Seconds for 32 images.
+        bytes_per_round: Sent up and down by all clients together.
+        training_seconds: Per seed, over all hospitals that trained alone.
+        constant: One phrase per seed whose model gives every image the same answer.
+    """
+
+    configuration: str
+    compression: str
+    spec: dict[str, Any]
+    seeds: tuple[int, ...]
+    num_trainings: int
+    clean: dict[str, Estimate]
+    clients: dict[str, dict[str, Estimate]]
+    attacked: tuple[Attacked, ...]
+    epsilon: float | None
+    delta: float | None
+    void: tuple[str, ...]
+    file_bytes: Estimate
+    latency_1: Estimate
+    latency_32: Estimate
+    bytes_per_round: Estimate
+    training_seconds: Estimate
+    constant: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """Returns configuration and compression in one label."""
+        return f"{self.configuration}, {self.compression}"
+
+    @property
+    def majority(self) -> float | None:
+        """Returns the accuracy of always giving the most frequent answer, or None where it was not measured."""
+        return self.metric("majority_accuracy").value
+
+    def metric(self, name: str) -> Estimate:
+        """Returns a clean metric over all test records."""
+        return self.clean.get(name, Estimate())
+
+    def client(self, name: str, metric: str) -> Estimate:
+        """Returns a clean metric over the test records of one client, or of the "worst"."""
+        return self.clients.get(name, {}).get(metric, Estimate())
+
+    def under(self, evaluation: str, radius: float) -> Attacked:
+        """Returns the row under one attack, with the reason "not measured" where it was not attacked so."""
+        for attacked in self.attacked:
+            if attacked.evaluation == evaluation and attacked.radius == radius:
+                return attacked
+        return Attacked(evaluation, "", radius, Estimate(), Estimate())
+
+    def kind(self, field: str) -> str:
+        """Returns the `kind` that a field of the training has, such as "dp_sgd" for privacy; "none" without one."""
+        value = self.spec.get(field)
+        return str(value.get("kind", "none")) if isinstance(value, dict) else "none"
+
+    @property
+    def conditions(self) -> str:
+        """Returns what a configuration meets and does not choose: data, partition and threat."""
+        return json.dumps(
+            [self.spec.get(field) for field in ("data", "partition", "threat")], sort_keys=True, default=str
+        )
+
+    def profile(self, *without: str, tuned: bool = False) -> str:
+        """Returns what must be equal for two rows to differ in nothing but the fields `without`.
+
+        Args:
+            *without: Fields of the training to leave out.
+            tuned: Leave out how each side was tuned as well (learning rate, rounds ...).
+        """
+        left_out = {*without, *(_TUNING if tuned else ())}
+        return json.dumps({k: v for k, v in self.spec.items() if k not in left_out}, sort_keys=True, default=str)
+
+
+class Headline(NamedTuple):
+    """The two numbers by which rows are compared at a glance.
+
+    Attributes:
+        utility: "auroc" where every row has one, otherwise "accuracy".
+        evaluation: The strongest attack of the study, or "" where nothing was attacked.
+        radius: The largest radius that all attacked rows share.
+    """
+
+    utility: str
+    evaluation: str
+    radius: float
+
+
+@dataclass(frozen=True)
+class _Cell:
+    run: Run
+    artefact: Artefact
+    evaluated: tuple[Evaluated, ...]
+
+
+def configuration_rows(results: Results) -> tuple[Row, ...]:
+    """Returns a row for every configuration and compression that has an artefact, in the study's order."""
+    runs = {run.key: run for run in results.runs}
+    found: dict[str, list[Evaluated]] = {}
+    for evaluated in results.evaluated:
+        found.setdefault(evaluated.artefact_key, []).append(evaluated)
+    groups: dict[tuple[str, str], list[_Cell]] = {
+        (run.configuration, artefact.compression): [] for run in results.runs for artefact in _of_run(results, run)
+    }
+    for artefact in results.artefacts:
+        if artefact.run_key in runs:
+            run = runs[artefact.run_key]
+            cell = _Cell(run, artefact, tuple(found.get(artefact.key, ())))
+            groups[run.configuration, artefact.compression].append(cell)
+    return tuple(_row(cells, results.data) for cells in groups.values())
+
+
+def artefact_titles(results: Results) -> dict[str, tuple[str, str, int]]:
+    """Returns artefact key -> (configuration, compression, seed)."""
+    runs = {run.key: run for run in results.runs}
+    return {
+        artefact.key: (runs[artefact.run_key].configuration, artefact.compression, runs[artefact.run_key].seed)
+        for artefact in results.artefacts
+        if artefact.run_key in runs
+    }
+
+
+def headline(rows: Iterable[Row]) -> Headline:
+    """Returns by which metric and which attack the rows are compared.
+
+    The strongest evaluation is the one of the strongest kind; among several of a kind the one under which the
+    rows keep the least accuracy at their largest common radius.
+    """
+    rows = list(rows)
+    utility = "auroc" if rows and all(row.metric("auroc").value is not None for row in rows) else "accuracy"
+    candidates = []
+    for name, kind in {a.evaluation: a.kind for row in rows for a in row.attacked}.items():
+        radii = [{a.radius for a in row.attacked if a.evaluation == name} for row in rows]
+        common = set.intersection(*(found for found in radii if found))
+        if common:
+            values = [row.under(name, max(common)).robust.value for row in rows]
+            kept = [value for value in values if value is not None]
+            mean = sum(kept) / len(kept) if kept else 1.0
+            candidates.append((-ATTACK_STRENGTH.get(kind, 0), mean, name, max(common)))
+    if not candidates:
+        return Headline(utility, "", 0.0)
+    _, _, name, radius = min(candidates)
+    return Headline(utility, name, radius)
+
+
+def counterpart(
+    row: Row, rows: Iterable[Row], fields: Sequence[str], wanted: Callable[[Row], bool]
+) -> tuple[Row | None, bool]:
+    """Returns the row that differs from `row` only in some fields, and whether it was tuned the same way.
+
+    Args:
+        row: The row to compare.
+        rows: Where to look; rows of another compression are passed over.
+        fields: The fields that differ, such as ["privacy"].
+        wanted: What the other row must be, such as: without privacy.
+    """
+    others = [o for o in rows if o is not row and o.compression == row.compression and wanted(o)]
+    for tuned in (False, True):
+        for other in others:
+            if other.profile(*fields, tuned=tuned) == row.profile(*fields, tuned=tuned):
+                return other, not tuned
+    return None, False
+
+
+def _of_run(results: Results, run: Run) -> list[Artefact]:
+    return [artefact for artefact in results.artefacts if artefact.run_key == run.key]
+
+
+def _row(cells: list[_Cell], data: tuple[DataFacts, ...]) -> Row:
+    first = cells[0].run
+    void = dict.fromkeys(reason for cell in cells for reason in void_reasons(cell.artefact))
+    budgets = [cell.artefact.guarantee.epsilon for cell in cells]
+    deltas = {cell.artefact.guarantee.delta for cell in cells} - {None}
+    epsilons = [value for value in budgets if value is not None]
+    return Row(
+        configuration=first.configuration,
+        compression=cells[0].artefact.compression,
+        spec=_comparable(first.spec),
+        seeds=tuple(sorted({cell.run.seed for cell in cells})),
+        num_trainings=len(cells),
+        clean=_clean(cells, client=None),
+        clients=_clients(cells),
+        attacked=_attacked(cells),
+        epsilon=max(epsilons) if len(epsilons) == len(cells) else None,
+        delta=max((d for d in deltas if d is not None), default=None),
+        void=tuple(void) if len(epsilons) < len(cells) else (),
+        file_bytes=exact((c.run.seed, float(c.artefact.file_bytes)) for c in cells),
+        latency_1=_cost(cells, "latency_batch1_seconds"),
+        latency_32=_cost(cells, "latency_batch32_seconds"),
+        bytes_per_round=_traffic(cells),
+        training_seconds=exact((seed, sum(c.run.seconds for c in same)) for seed, same in _by_seed(cells).items()),
+        constant=tuple(phrase for cell in cells if (phrase := _constant(cell, data))),
+    )
+
+
+def void_reasons(artefact: Artefact) -> tuple[str, ...]:
+    """Returns why nothing may be claimed of an artefact; empty where its guarantee stands."""
+    guarantee = artefact.guarantee
+    if guarantee.epsilon is not None:
+        return ()
+    return guarantee.void or ("no step was accounted for",)
+
+
+def _comparable(spec: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in spec.items() if name != "seed"}
+    if isinstance(kept.get("algorithm"), dict):
+        kept["algorithm"] = {name: value for name, value in kept["algorithm"].items() if name != "client"}
+    return kept
+
+
+def _by_seed(cells: list[_Cell]) -> dict[int, list[_Cell]]:
+    return {seed: [c for c in cells if c.run.seed == seed] for seed in sorted({c.run.seed for c in cells})}
+
+
+def _measured(cell: _Cell, kind: str) -> list[Measurement]:
+    return [m for evaluated in cell.evaluated if evaluated.kind == kind for m in evaluated.measurements]
+
+
+def _clean(cells: list[_Cell], client: str | None) -> dict[str, Estimate]:
+    samples: dict[str, list[tuple[int, Measurement]]] = {}
+    for cell in cells:
+        for m in _measured(cell, "clean"):
+            if m.client == client and m.radius is None and m.source is None:
+                samples.setdefault(m.metric, []).append((cell.run.seed, m))
+    return {metric: estimate(of_metric) for metric, of_metric in samples.items()}
+
+
+def _clients(cells: list[_Cell]) -> dict[str, dict[str, Estimate]]:
+    names = list(dict.fromkeys(m.client for cell in cells for m in _measured(cell, "clean") if m.client is not None))
+    hospitals = [name for name in names if name != "worst"]
+    estimates = {}
+    for name in names:
+        own = [cell for cell in cells if _trained_alone(cell, hospitals) in (None, name)]
+        estimates[name] = _clean(own or cells, client=name)
+    if _trained_alone(cells[0], hospitals) is not None:  # the worst is a hospital with its own model
+        known = [e for name in hospitals if (e := estimates[name]).get("accuracy", Estimate()).value is not None]
+        estimates["worst"] = min(known, key=lambda e: e["accuracy"].value or 0.0, default={})
+    return estimates
+
+
+def _trained_alone(cell: _Cell, hospitals: list[str]) -> str | None:
+    """Returns the only hospital behind a model, or None where several trained it or it is not known."""
+    algorithm = cell.run.spec.get("algorithm")
+    if not isinstance(algorithm, dict) or algorithm.get("kind") != "local_only":
+        return None
+    index = algorithm.get("client")
+    return hospitals[index] if isinstance(index, int) and 0 <= index < len(hospitals) else None
+
+
+def _attacked(cells: list[_Cell]) -> tuple[Attacked, ...]:
+    samples: dict[tuple[str, str, float], dict[str, list[tuple[int, Measurement]]]] = {}
+    for cell in cells:
+        for evaluated in cell.evaluated:
+            for m in evaluated.measurements:
+                if evaluated.kind in ATTACK_STRENGTH and m.radius is not None and m.source is None and m.client is None:
+                    at = samples.setdefault((evaluated.evaluation, evaluated.kind, m.radius), {})
+                    at.setdefault(m.metric, []).append((cell.run.seed, m))
+    return tuple(
+        Attacked(
+            *where,
+            robust=estimate(by_metric.get("robust_accuracy", [])),
+            among_correct=estimate(by_metric.get("robust_accuracy_among_correct", [])),
+        )
+        for where, by_metric in samples.items()
+    )
+
+
+def _cost(cells: list[_Cell], metric: str) -> Estimate:
+    return estimate((cell.run.seed, m) for cell in cells for m in _measured(cell, "cost") if m.metric == metric)
+
+
+def _traffic(cells: list[_Cell]) -> Estimate:
+    per_seed = []
+    for seed, same in _by_seed(cells).items():
+        rounds = [r for cell in same for r in cell.run.history if r.get("bytes_up") is not None]
+        if rounds:
+            per_seed.append((seed, sum(r["bytes_up"] + (r.get("bytes_down") or 0) for r in rounds) / len(rounds)))
+    return exact(per_seed, reason="no round recorded what it sent")
+
+
+def _constant(cell: _Cell, data: tuple[DataFacts, ...]) -> str:
+    """Returns what a model answers for every image, or "" where it tells images apart."""
+    values = {m.metric: m.value for m in _measured(cell, "clean") if m.client is None}
+    sensitivity, specificity = values.get("sensitivity"), values.get("specificity")
+    facts = data[0] if len({(d.classes, d.positive_class) for d in data}) == 1 else None
+    if sensitivity is None or specificity is None or facts is None:
+        return ""
+    num_classes = len(facts.classes)
+    if num_classes == 2 and {sensitivity, specificity} == {0.0, 1.0}:
+        positive = facts.positive_class or facts.classes[1]
+        negative = next((name for name in facts.classes if name != positive), "the other class")
+        return f"answers “{positive if sensitivity == 1 else negative}” for everything"
+    chance = abs(sensitivity - 1 / num_classes) < 1e-9 and abs(specificity - 1 + 1 / num_classes) < 1e-9
+    if num_classes > 2 and chance and not values.get("mcc"):
+        most = values.get("majority_accuracy") is not None and values.get("accuracy") == values["majority_accuracy"]
+        return "answers the most frequent class for everything" if most else "answers one class for everything"
+    return ""

@@ -1,0 +1,166 @@
+"""The results for other programs: CSV and JSON with every number, LaTeX and Markdown with the table.
+
+CSV is tidy: one row per measurement, an empty field where there is no value. Text that a spreadsheet would run as
+a formula gets an apostrophe in front.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trilemma.evaluation.measurement import Measurement
+from trilemma.report.configurations import void_reasons
+from trilemma.report.files import write_atomically
+from trilemma.report.markup import clean
+from trilemma.report.summary import summary_rows, written_rows
+from trilemma.results import Artefact, Results, Run
+
+#: Columns of the CSV file and fields of a measurement in JSON, in order.
+COLUMNS = (
+    "study", "configuration", "seed", "compression", "artefact", "evaluation", "kind", "metric", "radius", "source",
+    "client", "value", "low", "high", "n", "unit", "split", "status", "reason",
+)  # fmt: skip
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "\u00a0": "~",
+    "–": "--", "−": "$-$", "ε": r"$\varepsilon$", "★": r"$\star$", "↓": r"$\downarrow$", "“": "``", "”": "''",
+}  # fmt: skip
+_MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]|~$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+
+
+def export_csv(results: Results, path: Path) -> None:
+    """Writes every measurement as one row of UTF-8 CSV (RFC 4180); numbers at full precision."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow(COLUMNS)
+    for row in measurement_rows(results):
+        writer.writerow([_cell(row[name]) for name in COLUMNS])
+    write_atomically(Path(path), text.getvalue())
+
+
+def export_json(results: Results, path: Path) -> None:
+    """Writes the study, its table of configurations and every measurement as one JSON object; missing is null."""
+    content = {
+        "study": results.name,
+        "question": results.question,
+        "seeds": list(results.seeds),
+        "command": results.command,
+        "data": [
+            {"name": d.name, "source": d.source, "synthetic": d.synthetic, "classes": list(d.classes),
+             "num_records": d.num_records, "majority_accuracy": d.majority_accuracy, "clients": d.clients,
+             "warnings": list(d.warnings)}
+            for d in results.data
+        ],
+        "configurations": summary_rows(results),
+        "measurements": list(measurement_rows(results)),
+        "trainings": [
+            {"key": r.key, "configuration": r.configuration, "seed": r.seed, "spec": r.spec, "history": r.history,
+             "guarantee": r.guarantee.model_dump(mode="json"), "provenance": r.provenance, "seconds": r.seconds,
+             "peak_memory_bytes": r.peak_memory_bytes, "num_parameters": r.num_parameters}
+            for r in results.runs
+        ],
+        "missing": list(results.missing),
+    }  # fmt: skip
+    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    write_atomically(Path(path), clean(text) + "\n")
+
+
+def export_latex(results: Results, path: Path) -> None:
+    """Writes the table of configurations as a tabular for LaTeX with the package booktabs."""
+    titles, rows = written_rows(results)
+    columns = "ll" + "r" * (len(titles) - 3) + "c"
+    lines = [
+        "% Needs \\usepackage{booktabs}, and \\usepackage[T1]{fontenc} for quotation marks.",
+        f"\\begin{{tabular}}{{{columns}}}",
+        "\\toprule",
+        " & ".join(map(latex, titles)) + " \\\\",
+        "\\midrule",
+        *(" & ".join(map(latex, row)) + " \\\\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    write_atomically(Path(path), "\n".join(lines) + "\n")
+
+
+def export_markdown(results: Results, path: Path) -> None:
+    """Writes the table of configurations as a Markdown table."""
+    titles, rows = written_rows(results)
+    lines = [
+        "| " + " | ".join(map(markdown, titles)) + " |",
+        "|" + "|".join([" --- ", " --- ", *[" ---: "] * (len(titles) - 3), " :---: "]) + "|",
+        *("| " + " | ".join(map(markdown, row)) + " |" for row in rows),
+    ]
+    write_atomically(Path(path), "\n".join(lines) + "\n")
+
+
+def measurement_rows(results: Results) -> Iterator[dict[str, Any]]:
+    """Yields every measurement as a flat row, and each artefact's epsilon and training time in the same form."""
+    runs = {run.key: run for run in results.runs}
+    artefacts = {artefact.key: artefact for artefact in results.artefacts}
+    for artefact in results.artefacts:
+        if artefact.run_key in runs:
+            for m in _of_training(runs[artefact.run_key], artefact):
+                yield _flat(results.name, runs[artefact.run_key], artefact, "training", "training", m)
+    for evaluated in results.evaluated:
+        artefact = artefacts.get(evaluated.artefact_key)
+        if artefact is not None and artefact.run_key in runs:
+            for m in evaluated.measurements:
+                yield _flat(results.name, runs[artefact.run_key], artefact, evaluated.evaluation, evaluated.kind, m)
+
+
+def latex(text: str) -> str:
+    """Returns text that LaTeX sets as it is."""
+    return "".join(_LATEX.get(character, character) for character in clean(text).replace("\n", " "))
+
+
+def markdown(text: str) -> str:
+    """Returns text that Markdown shows as it is, also within a table."""
+    return "".join(_MARKDOWN.get(character, character) for character in clean(text))
+
+
+def _of_training(run: Run, artefact: Artefact) -> Iterator[Measurement]:
+    epsilon = artefact.guarantee.epsilon
+    why = "; ".join(void_reasons(artefact))
+    status = "ok" if epsilon is not None else "withheld"
+    yield Measurement("epsilon", epsilon, unit="coefficient", split="train", status=status, reason=why)
+    yield Measurement("training_seconds", run.seconds, unit="seconds", split="train")
+
+
+def _flat(study: str, run: Run, artefact: Artefact, evaluation: str, kind: str, m: Measurement) -> dict[str, Any]:
+    row = {
+        "study": study,
+        "configuration": run.configuration,
+        "seed": run.seed,
+        "compression": artefact.compression,
+        "artefact": artefact.key,
+        "evaluation": evaluation,
+        "kind": kind,
+        **m._asdict(),
+    }
+    return {name: row[name] for name in COLUMNS}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (int, float)):
+        return repr(value) if math.isfinite(value) else ""
+    text = clean(str(value))
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,84 @@
+"""The table of configurations as plain values, for the terminal and for every export."""
+
+from typing import Any
+
+from trilemma.report import numbers
+from trilemma.report.configurations import Headline, Row, configuration_rows, headline
+from trilemma.report.estimates import Estimate
+from trilemma.report.pareto import pareto_rows
+from trilemma.results import Results
+
+_RATES = ("accuracy", "balanced_accuracy", "auroc", "mcc", "sensitivity", "specificity", "expected_calibration_error")
+
+
+def summary_rows(results: Results) -> list[dict[str, Any]]:
+    """Returns one dict per configuration and compression; what is missing is None, never 0.
+
+    Every rate has three entries: its name, `NAME_low` and `NAME_high`. `robust_evaluation` and `robust_radius` say
+    under which attack `robust_accuracy` was measured.
+    """
+    rows = configuration_rows(results)
+    by = headline(rows)
+    return [_plain(row, best, by) for row, best in zip(rows, pareto_rows(rows, by), strict=True)]
+
+
+def written_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Returns column titles and cells as a reader sees them, for tables of text."""
+    rows = configuration_rows(results)
+    by = headline(rows)
+    utilities = ("auroc", "accuracy") if any(row.metric("auroc").value is not None for row in rows) else ("accuracy",)
+    robust = [f"robust ({by.evaluation}, {numbers.radius(by.radius)})"] if by.evaluation else []
+    titles = ["configuration", "compression", *map(numbers.metric_title, utilities), "epsilon", *robust]
+    titles += ["file", "latency", "Pareto"]
+    cells = [_written(row, best, by, utilities) for row, best in zip(rows, pareto_rows(rows, by), strict=True)]
+    return titles, cells
+
+
+def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "configuration": row.configuration,
+        "compression": row.compression,
+        "seeds": list(row.seeds),
+        "num_trainings": row.num_trainings,
+    }
+    for metric in _RATES:
+        plain |= _three(metric, row.metric(metric))
+    plain |= _three("worst_client_accuracy", row.client("worst", "accuracy"))
+    plain |= {
+        "majority_accuracy": row.majority,
+        "epsilon": row.epsilon,
+        "delta": row.delta,
+        "no_guarantee_because": "; ".join(row.void),
+        "robust_evaluation": by.evaluation or None,
+        "robust_radius": by.radius if by.evaluation else None,
+    }
+    plain |= _three("robust_accuracy", row.under(by.evaluation, by.radius).robust)
+    return plain | {
+        "file_bytes": row.file_bytes.value,
+        "latency_batch1_seconds": row.latency_1.value,
+        "latency_batch32_seconds": row.latency_32.value,
+        "bytes_per_round": row.bytes_per_round.value,
+        "training_seconds": row.training_seconds.value,
+        "constant": bool(row.constant),
+        "pareto_optimal": best,
+    }
+
+
+def _three(name: str, estimate: Estimate) -> dict[str, float | None]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def _written(row: Row, best: bool, by: Headline, utilities: tuple[str, ...]) -> list[str]:
+    robust = row.under(by.evaluation, by.radius).robust
+    below = robust.value is not None and row.majority is not None and robust.value <= row.majority
+    size, latency = row.file_bytes.value, row.latency_1.value
+    return [
+        row.configuration,
+        row.compression,
+        *(numbers.metric_estimate(metric, row.metric(metric)) for metric in utilities),
+        "no guarantee" if row.epsilon is None else numbers.epsilon(row.epsilon),
+        *([numbers.metric_estimate("robust_accuracy", robust) + (" ↓" if below else "")] if by.evaluation else []),
+        numbers.NO_VALUE if size is None else numbers.byte_size(size),
+        numbers.NO_VALUE if latency is None else numbers.duration(latency),
+        "★" if best else "",
+    ]

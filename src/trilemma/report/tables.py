@@ -1,0 +1,304 @@
+"""The report's tables: every value with its interval, and a footnote wherever one is missing."""
+
+from collections.abc import Iterable, Sequence
+
+from trilemma.report import numbers
+from trilemma.report.configurations import ATTACK_STRENGTH, Headline, Row
+from trilemma.report.estimates import Estimate
+from trilemma.report.markup import Content, Html, tag
+from trilemma.report.pareto import pareto_rows
+from trilemma.report.transfer import Transfer
+from trilemma.results import DataFacts, Results
+
+
+class Notes:
+    """The footnotes of one table: equal reasons share a letter.
+
+    Args:
+        name: Unique on the page, for the links.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.reasons: list[str] = []
+
+    def mark(self, reason: str) -> Html:
+        """Returns the link to a reason's footnote."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        index = self.reasons.index(reason)
+        return tag("sup", tag("a", _letter(index), href=f"#{self.name}-{index + 1}", title=reason))
+
+    def written(self) -> Content:
+        """Returns the footnotes."""
+        if not self.reasons:
+            return None
+        items = [
+            tag("li", tag("b", _letter(i)), " ", reason, id=f"{self.name}-{i + 1}")
+            for i, reason in enumerate(self.reasons)
+        ]
+        return tag("ul", *items, class_="footnotes", style="list-style:none")
+
+
+def table(
+    caption: Content, head: Sequence[Content], body: Sequence[Content], notes: Notes | None = None, **attributes: str
+) -> Html:
+    """Returns a table with its caption and footnotes, which scrolls where the page is too narrow."""
+    element = tag("table", tag("caption", caption), tag("thead", *head), tag("tbody", *body), **attributes)
+    return Html(tag("div", element, class_="scroll") + tag("div", notes.written() if notes else None))
+
+
+def header(cells: Sequence[Content], first: int = 1) -> Html:
+    """Returns a header row, its first columns set as text."""
+    return tag("tr", *(tag("th", c, scope="col", class_="text" if i < first else None) for i, c in enumerate(cells)))
+
+
+def rate_cell(metric: str, estimate: Estimate, notes: Notes, majority: float | None = None) -> Html:
+    """Returns a cell with a metric and its interval; marked where it is at or below the majority class."""
+    if estimate.value is None:
+        return absent(estimate.reason, notes)
+    below = majority is not None and estimate.value <= majority
+    content: list[Content] = [
+        tag("data", numbers.metric_value(metric, estimate.value), value=repr(estimate.value)),
+        notes.mark("at or below the majority class: no better than a constant answer") if below else None,
+        notes.mark(estimate.reason) if estimate.reason else None,
+    ]
+    if estimate.low is not None and estimate.high is not None:
+        content.append(tag("span", numbers.metric_bounds(metric, estimate.low, estimate.high), class_="range"))
+    return tag("td", *content, class_="below" if below else None)
+
+
+def amount_cell(estimate: Estimate, write, notes: Notes) -> Html:
+    """Returns a cell with bytes or seconds."""
+    if estimate.value is None:
+        return absent(estimate.reason, notes)
+    mark = notes.mark(estimate.reason) if estimate.reason else None
+    return tag("td", tag("data", write(estimate.value), value=repr(estimate.value)), mark)
+
+
+def absent(reason: str, notes: Notes) -> Html:
+    """Returns a cell without a value, and why."""
+    return tag("td", numbers.NO_VALUE, notes.mark(reason or "not measured"), class_="missing", title=reason)
+
+
+def main_table(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Html:
+    """Returns the table of configurations: useful, private, robust, scalable, the Pareto-optimal rows marked."""
+    notes, optimal = Notes("note-main"), pareto_rows(rows, by)
+    utilities = ("auroc", "accuracy") if any(row.metric("auroc").value is not None for row in rows) else ("accuracy",)
+    has_worst = any("worst" in row.clients for row in rows)
+    body = []
+    for i, (row, best) in enumerate(zip(rows, optimal, strict=True)):
+        again = i > 0 and rows[i - 1].configuration == row.configuration
+        name = [row.configuration, *(notes.mark(phrase) for phrase in dict.fromkeys(row.constant))]
+        if len(row.seeds) < len(seeds):
+            name.append(notes.mark(f"{len(row.seeds)} of {len(seeds)} seeds"))
+        robust = row.under(by.evaluation, by.radius).robust
+        cells = [
+            tag("th", *name, scope="row"),
+            tag("td", row.compression, class_="text"),
+            *(rate_cell(metric, row.metric(metric), notes) for metric in utilities),
+            rate_cell("accuracy", row.client("worst", "accuracy"), notes) if has_worst else None,
+            _epsilon_cell(row, notes),
+            rate_cell("robust_accuracy", robust, notes, row.majority) if by.evaluation else None,
+            amount_cell(row.file_bytes, numbers.byte_size, notes),
+            amount_cell(row.latency_1, numbers.duration, notes),
+            amount_cell(row.bytes_per_round, numbers.byte_size, notes),
+            amount_cell(row.training_seconds, numbers.duration, notes),
+            tag("td", "★" if best else "", tag("span", "Pareto-optimal", class_="unseen") if best else None),
+        ]
+        body.append(tag("tr", *cells, class_=" ".join(["optimal"] * best + ["same"] * again) or None))
+    return table(
+        _main_caption(rows, by, seeds), _main_head(by, utilities, has_worst), body, notes, id="configurations-table"
+    )
+
+
+def _main_caption(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Content:
+    robust = ""
+    if by.evaluation:
+        shares = sorted({row.majority for row in rows if row.majority is not None})
+        robust = f" Robust: accuracy under “{by.evaluation}” at radius {numbers.radius(by.radius)}"
+        robust += f"; always giving the most frequent answer reaches {_span(shares)}." if shares else "."
+    return (
+        f"Means over seeds {', '.join(map(str, seeds))}, with 95\u00a0% intervals: Student’s t over seeds, or the mean "
+        "interval of the single models where that is wider. ε is the largest over hospitals and seeds."
+        f"{robust} ★ marks what is Pareto-optimal: no other configuration under the same conditions is as good in "
+        "usefulness, ε, robustness and file size and better in one. Pooled (centralised) training is a yardstick and "
+        "takes no part, nor does a model that answers the same for every image."
+    )
+
+
+def _span(shares: Sequence[float]) -> str:
+    low, high = numbers.percent(shares[0]), numbers.percent(shares[-1])
+    return low if low == high else f"{low} to {high}"
+
+
+def _main_head(by: Headline, utilities: Sequence[str], has_worst: bool) -> list[Content]:
+    def group(title: str, span: int) -> Html:
+        return tag("th", tag("span", title), scope="colgroup", colspan=span, class_="group")
+
+    groups = [
+        tag("td", colspan=2),
+        group("Useful", len(utilities) + has_worst),
+        group("Private", 1),
+        group("Robust", 1) if by.evaluation else None,
+        group("Scalable", 4),
+        tag("td"),
+    ]
+    attack = [[by.evaluation, Html("<br>"), f"at {numbers.radius(by.radius)}"]] if by.evaluation else []
+    worst = [["worst", Html("<br>"), "hospital"]] if has_worst else []
+    columns: list[Content] = [
+        "Configuration",
+        "Compression",
+        *map(numbers.metric_title, utilities),
+        *worst,
+        "ε",
+        *attack,
+    ]
+    columns += ["file", ["latency", Html("<br>"), "1 image"], ["sent", Html("<br>"), "per round"], "training", "★"]
+    return [tag("tr", *groups), header(columns, first=2)]
+
+
+def _epsilon_cell(row: Row, notes: Notes) -> Html:
+    if row.epsilon is None:
+        return tag("td", "no guarantee", notes.mark("; ".join(row.void)), class_="missing")
+    return tag("td", tag("data", numbers.epsilon(row.epsilon), value=repr(row.epsilon)))
+
+
+def robustness_table(rows: Sequence[Row]) -> Html:
+    """Returns robust accuracy of every row under every attack and radius."""
+    notes = Notes("note-robust")
+    attacks = dict.fromkeys((a.evaluation, a.kind, a.radius) for row in rows for a in row.attacked)
+    columns = sorted(attacks, key=lambda a: (-ATTACK_STRENGTH.get(a[1], 0), a[0], a[2]))
+    body = [
+        tag(
+            "tr",
+            tag("th", row.title, scope="row"),
+            rate_cell("accuracy", row.metric("accuracy"), notes, row.majority),
+            *(
+                rate_cell("robust_accuracy", row.under(name, radius).robust, notes, row.majority)
+                for name, _, radius in columns
+            ),
+        )
+        for row in rows
+    ]
+    titles = [[name, Html("<br>"), numbers.radius(radius)] for name, _, radius in columns]
+    return table(
+        "Robust accuracy: the share of test images that are answered right both clean and attacked.",
+        [header(["Configuration", "clean", *titles])],
+        body,
+        notes,
+    )
+
+
+def transfer_table(transfer: Transfer, index: int) -> Html:
+    """Returns the transfer matrix as a heat map: the darker, the more accuracy survives."""
+    notes = Notes(f"note-transfer-{index}")
+    body = []
+    for source, values in zip(transfer.sources, transfer.values, strict=True):
+        cells = [
+            tag("td", numbers.NO_VALUE, class_="missing", title="no such pair was attacked", style="--share:0")
+            if value is None
+            else tag("td", tag("data", f"{100 * value:.1f}", value=repr(value)), style=f"--share:{value:.3f}")
+            for value in values
+        ]
+        body.append(tag("tr", tag("th", source, scope="row"), *cells))
+    caption = (
+        f"{transfer.evaluation} at radius {numbers.radius(transfer.radius)}: robust accuracy in percent, mean over "
+        "seeds. Row: the model on which the images were made. Column: the model that they attack. The darker, the more "
+        "answers survive; – where a model would attack itself."
+    )
+    return table(caption, [header(["made on ↓  attacks →", *transfer.targets])], body, notes, class_="heat")
+
+
+def cost_table(rows: Sequence[Row]) -> Html:
+    """Returns size and speed of what ships."""
+    notes = Notes("note-cost")
+    body = []
+    for row in rows:
+        latencies = [_latency_cell(estimate, notes) for estimate in (row.latency_1, row.latency_32)]
+        size = amount_cell(row.file_bytes, numbers.byte_size, notes)
+        body.append(tag("tr", tag("th", row.title, scope="row"), size, *latencies))
+    caption = "The exported file, and its median latency with quartiles in ONNX Runtime on the machine named below."
+    return table(caption, [header(["Configuration", "file", "1 image", "32 images"])], body, notes)
+
+
+def _latency_cell(estimate: Estimate, notes: Notes) -> Html:
+    if estimate.value is None:
+        return absent(estimate.reason, notes)
+    content = [tag("data", numbers.duration(estimate.value), value=repr(estimate.value))]
+    if estimate.low is not None and estimate.high is not None:
+        span = f"{numbers.duration(estimate.low)} to {numbers.duration(estimate.high)}"
+        content.append(tag("span", span, class_="range"))
+    return tag("td", *content)
+
+
+def training_table(results: Results) -> Html:
+    """Returns the last value of every training's curve."""
+    body = []
+    for run in results.runs:
+        last = run.history[-1] if run.history else {}
+        accuracy, loss = last.get("val_accuracy"), last.get("loss")
+        cells = [
+            str(run.seed),
+            str(len(run.history)),
+            numbers.NO_VALUE if accuracy is None else numbers.percent(accuracy),
+            numbers.NO_VALUE if loss is None else numbers.decimal(loss),
+            numbers.duration(run.seconds),
+            numbers.byte_size(run.peak_memory_bytes),
+            f"{run.num_parameters:,}".replace(",", "\u202f"),
+        ]
+        body.append(tag("tr", tag("th", run.configuration, scope="row"), *(tag("td", cell) for cell in cells)))
+    titles = ["Configuration", "seed", "rounds", "validation accuracy", "loss", "time", "peak memory", "parameters"]
+    return table("Every training at its last round.", [header(titles)], body)
+
+
+def clients_table(rows: Sequence[Row]) -> Html:
+    """Returns clean accuracy on each hospital's test images."""
+    notes = Notes("note-clients")
+    names = list(dict.fromkeys(name for row in rows for name in row.clients if name != "worst"))
+    columns = [*names, "worst"] if any("worst" in row.clients for row in rows) else names
+    body = [
+        tag(
+            "tr",
+            tag("th", row.title, scope="row"),
+            *(rate_cell("accuracy", row.client(name, "accuracy"), notes) for name in columns),
+        )
+        for row in rows
+    ]
+    titles = ["worst hospital" if name == "worst" else name for name in columns]
+    caption = (
+        "Accuracy on the test images of patients like each hospital’s. A hospital that trained alone is judged by its "
+        "own model there."
+    )
+    return table(caption, [header(["Configuration", *titles])], body, notes)
+
+
+def partition_table(facts: DataFacts) -> Html:
+    """Returns what each hospital holds for training."""
+    notes = Notes("note-partition")
+    body = []
+    for client in facts.clients:
+        classes = client.get("classes") or {}
+        patients = client.get("patients")
+        body.append(
+            tag(
+                "tr",
+                tag("th", str(client.get("client", "")), scope="row"),
+                tag("td", str(client.get("records", numbers.NO_VALUE))),
+                absent("patients are not known", notes) if patients is None else tag("td", str(patients)),
+                *(tag("td", str(classes.get(name, 0))) for name in facts.classes),
+            )
+        )
+    caption = "Training images of each hospital, by class."
+    return table(caption, [header(["Hospital", "images", "patients", *facts.classes])], body, notes)
+
+
+def facts_table(caption: str, rows: Iterable[tuple[str, Content]]) -> Html:
+    """Returns a table of names and values."""
+    body = [tag("tr", tag("th", name, scope="row"), tag("td", value, class_="text")) for name, value in rows]
+    return table(caption, [header(["", "value"], first=2)], body)
+
+
+def _letter(index: int) -> str:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return letters[index % 26] * (index // 26 + 1)

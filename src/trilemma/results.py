@@ -1,0 +1,167 @@
+"""What the store hands out and the report reads: frozen records of one study, and nothing else.
+
+The report never sees the store, so that either can change without the other.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trilemma.evaluation.measurement import Measurement
+from trilemma.privacy.guarantee import Guarantee
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training that ended.
+
+    Attributes:
+        key: The training's key.
+        configuration: Label of its configuration, shared by its seeds, such as "DP epsilon 8 + PGD 4/255".
+        varied: Grid field -> label of its value, such as {"privacy": "DP epsilon 8", "defence": "none"}.
+        seed: The study's seed.
+        spec: The resolved TrainSpec as JSON.
+        history: One dict per round: {"round", "loss", "val_accuracy", "bytes_up", "bytes_down", "seconds"}.
+        guarantee: What may be claimed of its model.
+        provenance: Versions, git revision, CPU flags, device, threads, as JSON.
+        seconds: Wall time of the training, over all its resumptions.
+        peak_memory_bytes: Largest resident set of the process that trained.
+        num_parameters: Trainable parameters.
+    """
+
+    key: str
+    configuration: str
+    varied: dict[str, str]
+    seed: int
+    spec: dict[str, Any]
+    history: list[dict[str, Any]]
+    guarantee: Guarantee
+    provenance: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A model as it would be shipped.
+
+    Attributes:
+        key: The artefact's key.
+        run_key: The training it came from.
+        compression: Label, such as "fp32" or "int8 (public calibration)".
+        file_bytes: Size of the ONNX file.
+        sparsity: Fraction of weights that are exactly zero, as achieved.
+        guarantee: Inherited from the run, or void with the reason.
+    """
+
+    key: str
+    run_key: str
+    compression: str
+    file_bytes: int
+    sparsity: float
+    guarantee: Guarantee
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The measurements of one artefact under one evaluation.
+
+    Attributes:
+        artefact_key: The artefact.
+        evaluation: Label, such as "PGD-10 Linf".
+        kind: "clean", "fgsm", "pgd", "transfer", "all_at_once" or "cost".
+        measurements: Every number.
+        seconds: How long it took.
+    """
+
+    artefact_key: str
+    evaluation: str
+    kind: str
+    measurements: tuple[Measurement, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One test image under attack, for the report: all images float32 in [0, 1], shape (C, H, W) as nested bytes.
+
+    Attributes:
+        artefact_key: The attacked artefact.
+        title: Such as "PGD-10 Linf 4/255".
+        clean_png: The clean image as PNG bytes.
+        perturbation_png: The perturbation, scaled to be visible, as PNG bytes.
+        adversarial_png: The adversarial image as PNG bytes.
+        scale: By how much the perturbation was multiplied.
+        truth: Name of the true class.
+        clean_prediction: Predicted class and confidence on the clean image.
+        adversarial_prediction: The same on the adversarial image.
+    """
+
+    artefact_key: str
+    title: str
+    clean_png: bytes
+    perturbation_png: bytes
+    adversarial_png: bytes
+    scale: float
+    truth: str
+    clean_prediction: tuple[str, float]
+    adversarial_prediction: tuple[str, float]
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the study was run on.
+
+    Attributes:
+        name: The data set's name.
+        source: Where it comes from and its licence.
+        synthetic: True for generated images.
+        classes: Class names in label order.
+        positive_class: The class whose presence is 'disease' in two-class tables, or "" for more classes.
+        num_records: Split -> number of records.
+        majority_accuracy: Accuracy on the test split of always answering its most frequent class.
+        clients: One row per client: {"client", "records", "patients", "classes": {name: count}}.
+        warnings: What the user should know.
+    """
+
+    name: str
+    source: str
+    synthetic: bool
+    classes: tuple[str, ...]
+    positive_class: str
+    num_records: dict[str, int]
+    majority_accuracy: float
+    clients: list[dict[str, Any]]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report of one study needs.
+
+    Attributes:
+        name: The study's name.
+        question: The question it asks.
+        study_toml: The study file's text.
+        seeds: The study's seeds.
+        data: One entry per data set and partition that the study uses.
+        runs: Every training of the study that ended.
+        artefacts: Every artefact of those runs.
+        evaluated: Every evaluation of those artefacts.
+        examples: Images for the gallery.
+        missing: Cells of the study that are not in the store yet, one phrase each.
+        command: The command that reproduces it.
+    """
+
+    name: str
+    question: str
+    study_toml: str
+    seeds: tuple[int, ...]
+    data: tuple[DataFacts, ...]
+    runs: tuple[Run, ...]
+    artefacts: tuple[Artefact, ...]
+    evaluated: tuple[Evaluated, ...]
+    examples: tuple[Example, ...] = ()
+    missing: tuple[str, ...] = ()
+    command: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)

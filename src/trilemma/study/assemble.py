@@ -1,0 +1,102 @@
+"""From the store to what a report reads: the results of one study, and what is missing of it."""
+
+from trilemma.evaluation.measurement import Measurement
+from trilemma.evaluation.specs import AllAtOnce, Transfer
+from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
+from trilemma.study.combine import combined_key, part_keys
+from trilemma.study.facts import facts_key
+from trilemma.study.keys import evaluation_key
+from trilemma.study.plan import Cell, Plan, Training
+from trilemma.study.store import Store
+
+#: Examples that a report shows at most; each is three images.
+MAX_EXAMPLES = 24
+
+
+def assemble(plan: Plan, store: Store, toml: str, command: str) -> Results:
+    """Returns everything that the store holds of a study.
+
+    Args:
+        plan: The study's cells.
+        store: Open.
+        toml: The study file's text.
+        command: What reproduces it.
+    """
+    missing: list[str] = []
+    runs = [run for training in plan.trainings if (run := _run(training, store, missing))]
+    artefacts, evaluated, examples = [], [], []
+    for cell in plan.cells:
+        artefact = _artefact(cell, store)
+        if artefact is None:
+            continue
+        artefacts.append(artefact)
+        for found, shown in _evaluated(plan, cell, store, missing):
+            evaluated.append(found)
+            examples.append(shown)
+    return Results(
+        name=plan.study.name,
+        question=plan.study.question,
+        study_toml=toml,
+        seeds=plan.study.seeds,
+        data=_facts(plan, store),
+        runs=tuple(runs),
+        artefacts=tuple(artefacts),
+        evaluated=tuple(evaluated),
+        examples=tuple(example for shown in examples for example in shown)[:MAX_EXAMPLES],
+        missing=tuple(missing),
+        command=command,
+        environment=runs[0].provenance if runs else {},
+    )
+
+
+def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
+    row = store.run(training.key)
+    if row is None:
+        missing.append(f"training {training.configuration}, seed {training.spec.seed}")
+        return None
+    return Run(
+        key=row.key,
+        configuration=training.configuration,
+        varied=training.varied,
+        seed=training.spec.seed,
+        spec=row.spec,
+        history=row.history,
+        guarantee=row.guarantee,
+        provenance=row.provenance,
+        seconds=row.seconds,
+        peak_memory_bytes=row.peak_memory_bytes,
+        num_parameters=row.num_parameters,
+    )
+
+
+def _artefact(cell: Cell, store: Store) -> Artefact | None:
+    row = store.artefact(cell.key)
+    if row is None:
+        return None
+    return Artefact(row.key, row.run_key, cell.compression.label, row.file_bytes, row.sparsity, row.guarantee)
+
+
+def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list[tuple[Evaluated, tuple[Example, ...]]]:
+    """Returns every evaluation of an artefact; a transfer is one with a row for each source and one for the worst."""
+    found = []
+    for spec in plan.evaluations:
+        combined = isinstance(spec, (Transfer, AllAtOnce))
+        keys = [combined_key(plan, cell, spec)] if combined else [evaluation_key(cell.key, spec)]
+        if isinstance(spec, Transfer):
+            if not plan.sources(cell):
+                continue  # a study of one artefact has nothing to transfer from
+            keys += part_keys(plan, cell, spec)
+        rows = [row for key in keys if (row := store.evaluation(key))]
+        if not rows:
+            missing.append(f"{spec.label} of {cell.training.configuration}, {cell.compression.label}")
+            continue
+        measurements: tuple[Measurement, ...] = sum((row.measurements for row in rows), ())
+        seconds = sum(row.seconds for row in rows)
+        shown = Evaluated(cell.key, spec.label, spec.kind, measurements, seconds)
+        found.append((shown, tuple(example for row in rows for example in row.examples)))
+    return found
+
+
+def _facts(plan: Plan, store: Store) -> tuple[DataFacts, ...]:
+    keys = dict.fromkeys(facts_key(training) for training in plan.trainings)
+    return tuple(known[0] for key in keys if (known := store.facts(key)))

@@ -1,0 +1,117 @@
+"""What a study would do, before it does anything."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from trilemma.data.records import Dataset, Partition
+from trilemma.data.roots import DataRoots
+from trilemma.data.summary import client_rows
+from trilemma.evaluation.specs import AllAtOnce, Transfer
+from trilemma.federation.training import prepare
+from trilemma.privacy.specs import DpSgd
+from trilemma.study.combine import combined_key
+from trilemma.study.facts import facts_key
+from trilemma.study.keys import evaluation_key
+from trilemma.study.plan import Plan, Training
+from trilemma.study.store import Store
+from trilemma.study.workplace import Workplace
+
+
+def check_study(plan: Plan, folder: Path, roots: DataRoots, console: Console) -> None:
+    """Prints the study's size, what of it is stored, its data and what can carry no guarantee.
+
+    Raises:
+        UserError: If anything in the study cannot be.
+    """
+    place = Workplace(folder, roots, "cpu", 1, 0)
+    for training in _first_of(plan.trainings, lambda training: training.configuration):
+        prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
+    show_data(plan, roots, console)
+    console.print(_size_table(plan, folder))
+    reasons = dict.fromkeys(_without_guarantee(plan))
+    if reasons:
+        console.print("\nNo guarantee can be given for:")
+        for reason in reasons:
+            console.print(f"  {reason}", highlight=False, markup=False)
+
+
+def show_data(plan: Plan, roots: DataRoots, console: Console) -> None:
+    """Prints what each source of a study holds and how it is partitioned."""
+    place = Workplace(Path(), roots, "cpu", 1, 0)
+    for training in _first_of(plan.trainings, facts_key):
+        dataset = place.dataset(training.spec.data)
+        partition = training.spec.partition.make()(dataset, training.spec.seed)
+        _print_dataset(dataset, console)
+        console.print(_client_table(training, dataset, partition))
+
+
+def _first_of(trainings: Iterable[Training], name) -> list[Training]:  # noqa: ANN001 - Training -> str
+    first: dict[str, Training] = {}
+    for training in trainings:
+        first.setdefault(name(training), training)
+    return list(first.values())
+
+
+def _print_dataset(dataset: Dataset, console: Console) -> None:
+    synthetic = " (synthetic images)" if dataset.synthetic else ""
+    shape = "grey" if dataset.channels == 1 else "colour"
+    console.print(f"[bold]{dataset.name}[/bold]{synthetic}: {dataset.image_size} pixels, {shape}", highlight=False)
+    console.print(dataset.source, highlight=False, markup=False)
+    counts = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test"
+    console.print(f"{counts}; classes: {', '.join(dataset.classes)}", highlight=False, markup=False)
+    for warning in dataset.warnings:
+        console.print(f"note: {warning}", highlight=False, markup=False)
+
+
+def _client_table(training: Training, dataset: Dataset, partition: Partition) -> Table:
+    table = Table(title=f"Training records by hospital: {training.spec.partition.label}, seed {training.spec.seed}")
+    table.add_column("hospital")
+    for name in ("records", "patients", *dataset.classes):
+        table.add_column(name, justify="right")
+    for row in client_rows(dataset, partition):
+        patients = "unknown" if row["patients"] is None else str(row["patients"])
+        table.add_row(row["client"], str(row["records"]), patients, *(str(row["classes"][c]) for c in dataset.classes))
+    return table
+
+
+def _size_table(plan: Plan, folder: Path) -> Table:
+    runs, artefacts, evaluations = _stored(folder)
+    wanted = [
+        combined_key(plan, cell, spec) if isinstance(spec, (Transfer, AllAtOnce)) else evaluation_key(cell.key, spec)
+        for cell in plan.cells
+        for spec in plan.evaluations
+        if not isinstance(spec, Transfer) or plan.sources(cell)
+    ]
+    table = Table(title=f"Study '{plan.study.name}'")
+    for name in ("", "asked for", "in the store", "to do"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = (
+        ("trainings", [training.key for training in plan.trainings], runs),
+        ("artefacts", [cell.key for cell in plan.cells], artefacts),
+        ("evaluations", wanted, evaluations),
+    )
+    for name, keys, stored in rows:
+        done = sum(key in stored for key in keys)
+        table.add_row(name, str(len(keys)), str(done), str(len(keys) - done))
+    return table
+
+
+def _stored(folder: Path) -> tuple[set[str], set[str], set[str]]:
+    if not (folder / "store.db").is_file():
+        return set(), set(), set()
+    with Store(folder) as store:
+        return store.keys("runs"), store.keys("artefacts"), store.keys("evaluations")
+
+
+def _without_guarantee(plan: Plan) -> list[str]:
+    reasons = []
+    for cell in plan.cells:
+        configuration, compression = cell.training.configuration, cell.compression
+        if not isinstance(cell.training.spec.privacy, DpSgd):
+            reasons.append(f"{configuration}: training without differential privacy")
+        elif compression.private_data:
+            reasons.append(f"{configuration}, {compression.label}: {compression.private_data}")
+    return reasons

@@ -1,0 +1,74 @@
+"""Evaluations that follow from stored outcomes: the worst transfer over all sources, and several attacks at once."""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from trilemma.evaluation.measurement import Outcome
+from trilemma.evaluation.robustness import robust_measurements, worst_logits
+from trilemma.evaluation.specs import AllAtOnce, Clean, FgsmAttack, PgdAttack, Transfer
+from trilemma.study.keys import evaluation_key
+from trilemma.study.plan import Cell, Plan
+from trilemma.study.provenance import provenance
+from trilemma.study.rows import EvaluationRow
+from trilemma.study.store import Store
+from trilemma.study.workplace import Workplace
+
+
+def combine(plan: Plan, store: Store, place: Workplace) -> Iterator[list[EvaluationRow]]:
+    """Yields the combined evaluations that are missing and whose parts are all stored."""
+    transfers = [spec for spec in plan.evaluations if isinstance(spec, Transfer)]
+    together = [spec for spec in plan.evaluations if isinstance(spec, AllAtOnce)]
+    done = store.keys("evaluations")
+    for cell in plan.cells:
+        for spec in [*transfers, *together]:
+            key = combined_key(plan, cell, spec)
+            parts = part_keys(plan, cell, spec)
+            if key not in done and parts and all(part in done for part in parts):
+                yield [_combined(store, place, cell, spec, key, parts)]
+                done.add(key)
+
+
+def combined_key(plan: Plan, cell: Cell, spec: Transfer | AllAtOnce) -> str:
+    """Returns the key of a combined evaluation; with other sources it is another one."""
+    specs = spec.attacks if isinstance(spec, AllAtOnce) else (spec,)
+    transferred = any(isinstance(part, Transfer) for part in specs)
+    sources = [source.key for source in plan.sources(cell)] if transferred else []
+    # "worst" keeps the only pair of a two-artefact study apart from its combination.
+    return evaluation_key(cell.key, spec, [*sources, "worst"])
+
+
+def part_keys(plan: Plan, cell: Cell, spec: Transfer | FgsmAttack | PgdAttack | AllAtOnce) -> list[str]:
+    """Returns the keys of the evaluations that an evaluation is made of."""
+    if isinstance(spec, AllAtOnce):
+        return [key for part in spec.attacks for key in part_keys(plan, cell, part)]
+    if isinstance(spec, Transfer):
+        return [evaluation_key(cell.key, spec, (source.key,)) for source in plan.sources(cell)]
+    return [evaluation_key(cell.key, spec)]
+
+
+def _combined(
+    store: Store, place: Workplace, cell: Cell, spec: Transfer | AllAtOnce, key: str, parts: list[str]
+) -> EvaluationRow:
+    started, training = time.perf_counter(), cell.training.spec
+    test = place.dataset(training.data).test
+    clean_NK = store.outcomes(evaluation_key(cell.key, Clean()))[0].logits_NK
+    found = [outcome for part in parts for outcome in store.outcomes(part)]
+    outcomes, measurements = [], []
+    judge = partial(robust_measurements, labels_N=test.labels_N, units_N=test.units(), source=None, seed=training.seed)
+    for radius in spec.radii:
+        logits = [outcome.logits_NK for outcome in found if outcome.radius == radius]
+        worst_NK = np.asarray(worst_logits(logits, clean_NK, test.labels_N))
+        outcomes.append(Outcome(worst_NK, radius))
+        measurements += judge(worst_NK, clean_NK, radius=radius)
+    return EvaluationRow(
+        key=key,
+        artefact_key=cell.key,
+        spec={**spec.model_dump(mode="json"), "label": spec.label},
+        provenance=provenance(place.torch_device),
+        seconds=time.perf_counter() - started,
+        measurements=tuple(measurements),
+        outcomes=tuple(outcomes),
+    )

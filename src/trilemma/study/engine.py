@@ -1,0 +1,171 @@
+"""Walks the cells of a study and does what the store does not hold yet.
+
+Trainings, then artefacts, then clean metrics, then attacks, all in parallel; then what combines stored outcomes; and
+last, alone on the machine, latency. Whenever it is killed, what ended is in the store and the rest is done next time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trilemma.errors import TrilemmaError
+from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
+from trilemma.study.combine import combine
+from trilemma.study.compress_job import compress_job
+from trilemma.study.evaluate_job import Attack, attack_job, clean_job, cost_job
+from trilemma.study.facts import preflight
+from trilemma.study.keys import evaluation_key
+from trilemma.study.plan import Cell, Plan, Training
+from trilemma.study.progress import Progress
+from trilemma.study.store import Store
+from trilemma.study.train_job import discard_checkpoint, train_job
+from trilemma.study.work import Failed, Job, run_jobs
+from trilemma.study.workplace import Workplace
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What every stage needs.
+
+    Attributes:
+        plan: The study's cells.
+        store: Open for writing.
+        place: Where jobs run.
+        num_processes: How many at once.
+        progress: What the user sees.
+    """
+
+    plan: Plan
+    store: Store
+    place: Workplace
+    num_processes: int
+    progress: Progress
+
+    def run(self) -> None:
+        """Does everything that is missing.
+
+        Raises:
+            UserError: Before anything runs, if data, model and settings do not go together.
+            Failure: At the end, if some jobs failed; everything else is stored.
+        """
+        preflight(self.plan, self.store, self.place)
+        failed: list[TrilemmaError] = []
+        failed += self._stage("training", missing_trainings(self.plan, self.store), self._store_run)
+        failed += self._stage("compressing", self._compressions(), self.store.add_artefact)
+        failed += self._stage("clean metrics", self._cleans(), lambda row: self.store.add_evaluations([row]))
+        failed += self._stage("attacking", self._attacks(), self.store.add_evaluations)
+        for rows in combine(self.plan, self.store, self.place):
+            self.store.add_evaluations(rows)
+        alone = replace(self, num_processes=1)
+        failed += alone._stage("latency", self._costs(), lambda row: self.store.add_evaluations([row]))
+        if failed:
+            others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise type(failed[0])(failed[0].where, failed[0].problem + others, failed[0].remedy)
+
+    def _stage(self, name: str, jobs: list[Job], keep: Callable[[Any], None]) -> list[TrilemmaError]:
+        failed = []
+        with self.progress.stage(name, jobs, self.place.files):
+            for job, result in run_jobs(jobs, self.place, self.num_processes):
+                if isinstance(result, Failed):
+                    failed.append(result.error)
+                    self.progress.failed(result.error)
+                else:
+                    keep(result)
+                self.progress.ended(job)
+        return failed
+
+    def _store_run(self, row: Any) -> None:
+        self.store.add_run(row)
+        discard_checkpoint(self.place, row.key)
+
+    def _compressions(self) -> list[Job]:
+        done, jobs = self.store.keys("artefacts"), []
+        for cell in self.plan.cells:
+            run = self.store.run(cell.training.key)
+            if cell.key not in done and run is not None:
+                jobs.append(Job(_title("compress", cell), cell.key, compress_job, (cell, run.guarantee)))
+        return jobs
+
+    def _cleans(self) -> list[Job]:
+        return [
+            Job(_title("evaluate", cell), cell.key, clean_job, (cell,))
+            for cell in self._ready()
+            if evaluation_key(cell.key, Clean()) not in self.store.keys("evaluations")
+        ]
+
+    def _costs(self) -> list[Job]:
+        costs = [spec for spec in self.plan.evaluations if isinstance(spec, Cost)]
+        return [
+            Job(_title("time", cell), cell.key, cost_job, (cell, spec))
+            for spec in costs
+            for cell in self._ready()
+            if evaluation_key(cell.key, spec) not in self.store.keys("evaluations")
+        ]
+
+    def _attacks(self) -> list[Job]:
+        clean = {}
+        for cell in self._ready():
+            outcomes = self.store.outcomes(evaluation_key(cell.key, Clean()))
+            if outcomes:
+                clean[cell.key] = outcomes[0].logits_NK
+        attacks = attacks_to_make(self.plan, self.store.keys("evaluations"), set(clean))
+        jobs = []
+        for attack in attacks:
+            logits = {cell.key: clean[cell.key] for cell in (attack.source, *attack.targets)}
+            title = _title(f"attack with {attack.spec.label}", attack.source)
+            jobs.append(Job(title, attack.source.key, attack_job, (replace(attack, clean=logits),)))
+        return jobs
+
+    def _ready(self) -> list[Cell]:
+        done = self.store.keys("artefacts")
+        return [cell for cell in self.plan.cells if cell.key in done]
+
+
+def _title(verb: str, cell: Cell) -> str:
+    return f"{verb}: {_name(cell.training)}, {cell.compression.label}"
+
+
+def _name(training: Training) -> str:
+    client = getattr(training.spec.algorithm, "client", None)
+    where = f", hospital {client}" if client is not None else ""
+    return f"{training.configuration}{where}, seed {training.spec.seed}"
+
+
+def missing_trainings(plan: Plan, store: Store) -> list[Job]:
+    """Returns the trainings that the store does not hold."""
+    done = store.keys("runs")
+    return [
+        Job(f"train: {_name(training)}", training.key, train_job, (training,))
+        for training in plan.trainings
+        if training.key not in done
+    ]
+
+
+def attacks_to_make(plan: Plan, done: set[str], ready: set[str]) -> list[Attack]:
+    """Returns the attacks that are missing, each with all the artefacts that it has yet to be tried on.
+
+    A transferred attack makes the same images on its source as the white-box attack of that spec, so the two are one
+    job where the study asks for both.
+
+    Args:
+        plan: The study's cells.
+        done: Keys of the evaluations in the store.
+        ready: Keys of the artefacts that can be attacked.
+    """
+    direct = [spec for spec in plan.evaluations if isinstance(spec, (FgsmAttack, PgdAttack))]
+    transfers = {spec.on_the_source: spec for spec in plan.evaluations if isinstance(spec, Transfer)}
+    attacks = []
+    for source in plan.cells:
+        if source.key not in ready:
+            continue
+        for spec in dict.fromkeys([*direct, *transfers]):
+            transfer = transfers.get(spec) if isinstance(spec, PgdAttack) else None
+            white_box = spec in direct and evaluation_key(source.key, spec) not in done
+            targets = tuple(
+                cell
+                for cell in (plan.sources(source) if transfer else ())  # "other artefacts" is symmetric
+                if cell.key in ready and evaluation_key(cell.key, transfer, (source.key,)) not in done  # type: ignore[arg-type]
+            )
+            if white_box or targets:
+                attacks.append(Attack(spec, source, white_box, transfer, targets, {}))
+    return attacks

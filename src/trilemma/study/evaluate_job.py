@@ -1,0 +1,185 @@
+"""The jobs that measure an artefact: its clean metrics, an attack with all the artefacts it is tried on, its cost."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trilemma.attacks.budget import Budget
+from trilemma.compression.session import Session
+from trilemma.data.images import png_bytes
+from trilemma.data.records import Dataset, Records
+from trilemma.evaluation.clean import clean_measurements
+from trilemma.evaluation.cost import cost_measurements
+from trilemma.evaluation.harness import Target, agreement_measurements, attack_images, attacked_logits, clean_logits
+from trilemma.evaluation.measurement import Measurement, Outcome
+from trilemma.evaluation.robustness import robust_measurements
+from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
+from trilemma.results import Example
+from trilemma.study.keys import evaluation_key
+from trilemma.study.plan import Cell
+from trilemma.study.provenance import provenance
+from trilemma.study.rows import EvaluationRow
+from trilemma.study.workplace import Workplace
+
+#: Test images that the report shows for every white-box attack.
+NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack made once on a source and tried on several artefacts.
+
+    Attributes:
+        spec: What is made on the source.
+        source: The artefact whose gradients it follows.
+        white_box: Whether the source itself is judged, under `spec`.
+        transfer: How the study names the attack on others, or None.
+        targets: The others.
+        clean: Artefact key -> logits on clean images, for the source and every target.
+    """
+
+    spec: FgsmAttack | PgdAttack
+    source: Cell
+    white_box: bool
+    transfer: Transfer | None
+    targets: tuple[Cell, ...]
+    clean: dict[str, np.ndarray]
+
+
+def clean_job(place: Workplace, cell: Cell) -> EvaluationRow:
+    """Measures an artefact on the test images as they are."""
+    place.enter()
+    started, spec = time.perf_counter(), cell.training.spec
+    dataset = place.dataset(spec.data)
+    test, partition = dataset.test, spec.partition.make()(dataset, spec.seed)
+    target = open_target(place, cell)
+    logits_NK = clean_logits(target, test)
+    measurements = clean_measurements(
+        logits_NK, test.labels_N, test.units(), partition.test_client_N, partition.clients, spec.seed
+    )
+    measurements += agreement_measurements(target, logits_NK, test)
+    return _row(place, cell, Clean(), (), started, measurements, [Outcome(logits_NK)])
+
+
+def attack_job(place: Workplace, attack: Attack) -> list[EvaluationRow]:
+    """Makes an attack on its source and judges it on the source, the targets, or both."""
+    place.enter()
+    started, spec = time.perf_counter(), attack.source.training.spec
+    dataset = place.dataset(spec.data)
+    source = open_target(place, attack.source)
+    cells = ((attack.source,) if attack.white_box else ()) + attack.targets
+    targets = [source if cell is attack.source else open_target(place, cell) for cell in cells]
+    logits = [
+        attacked_logits(source.twin, targets, attack.spec.make(), budget, dataset.test, spec.seed)
+        for budget in attack.spec.budgets
+    ]
+    rows = []
+    for position, cell in enumerate(cells):
+        outcomes = [
+            Outcome(logits[i][position], budget.radius, None if cell is attack.source else attack.source.key)
+            for i, budget in enumerate(attack.spec.budgets)
+        ]
+        measurements = _robust(outcomes, attack.clean[cell.key], dataset.test, spec.seed)
+        if cell is attack.source:
+            examples = _examples(place, attack, source, dataset)
+            rows.append(_row(place, cell, attack.spec, (), started, measurements, outcomes, examples))
+        elif attack.transfer is not None:
+            rows.append(_row(place, cell, attack.transfer, (attack.source.key,), started, measurements, outcomes))
+    return rows
+
+
+def cost_job(place: Workplace, cell: Cell, spec: Cost) -> EvaluationRow:
+    """Measures the file's size and the session's latency; nothing else may run beside it."""
+    place.enter()
+    started = time.perf_counter()
+    model = place.files.model(cell.key).read_bytes()
+    measurements = cost_measurements(Session(model, threads=1), len(model), spec.repeats)
+    return _row(place, cell, spec, (), started, measurements, [])
+
+
+def open_target(place: Workplace, cell: Cell) -> Target:
+    """Returns an artefact ready to be attacked: the session on its file, and its twin."""
+    session = Session(place.files.model(cell.key).read_bytes(), threads=place.threads)
+    return Target(cell.key, session.predict, place.twin(cell))
+
+
+def _robust(outcomes: list[Outcome], clean_NK: np.ndarray, test: Records, seed: int) -> list[Measurement]:
+    found = []
+    for outcome in outcomes:
+        assert outcome.radius is not None  # clean outcomes are not attacks
+        found += robust_measurements(
+            outcome.logits_NK, clean_NK, test.labels_N, test.units(), outcome.radius, outcome.source, seed
+        )
+    return found
+
+
+def _row(
+    place: Workplace,
+    cell: Cell,
+    spec: Clean | Cost | FgsmAttack | PgdAttack | Transfer,
+    sources: tuple[str, ...],
+    started: float,
+    measurements: list[Measurement],
+    outcomes: list[Outcome],
+    examples: list[Example] | None = None,
+) -> EvaluationRow:
+    return EvaluationRow(
+        key=evaluation_key(cell.key, spec, sources),
+        artefact_key=cell.key,
+        spec={**spec.model_dump(mode="json"), "label": spec.label},
+        provenance=provenance(place.torch_device),
+        seconds=time.perf_counter() - started,
+        measurements=tuple(measurements),
+        outcomes=tuple(outcomes),
+        examples=tuple(examples or ()),
+    )
+
+
+def _examples(place: Workplace, attack: Attack, source: Target, dataset: Dataset) -> list[Example]:
+    """Returns images for the report: of each class the first that the model answers rightly, at the largest radius."""
+    clean_NK, budget = attack.clean[attack.source.key], attack.spec.budgets[-1]
+    right_N = clean_NK.argmax(1) == dataset.test.labels_N
+    firsts = [np.flatnonzero(right_N & (dataset.test.labels_N == label))[:1] for label in range(len(dataset.classes))]
+    chosen = np.concatenate(firsts)[:NUM_EXAMPLES].astype(int)
+    if not len(chosen):
+        return []
+    records = dataset.test.subset(chosen)
+    x_BCHW = records.x()
+    x_adv_BCHW = attack_images(source.twin, attack.spec.make(), budget, records, attack.source.training.spec.seed)
+    adversarial_BK = source.predict(x_adv_BCHW)
+    return [
+        _example(attack, budget, dataset, x_BCHW[i], x_adv_BCHW[i], torch.from_numpy(clean_NK[n]), adversarial_BK[i], n)
+        for i, n in enumerate(chosen)
+    ]
+
+
+def _example(
+    attack: Attack,
+    budget: Budget,
+    dataset: Dataset,
+    clean_CHW: torch.Tensor,
+    adversarial_CHW: torch.Tensor,
+    clean_K: torch.Tensor,
+    adversarial_K: torch.Tensor,
+    position: int,
+) -> Example:
+    change_CHW = adversarial_CHW - clean_CHW
+    scale = 0.5 / max(float(change_CHW.abs().max()), 1e-6)  # the largest change becomes black or white on grey
+    return Example(
+        artefact_key=attack.source.key,
+        title=f"{attack.spec.label}, radius {budget.radius:.4g}",
+        clean_png=png_bytes(clean_CHW.numpy()),
+        perturbation_png=png_bytes((0.5 + change_CHW * scale).clamp(0, 1).numpy()),
+        adversarial_png=png_bytes(adversarial_CHW.numpy()),
+        scale=scale,
+        truth=dataset.classes[int(dataset.test.labels_N[position])],
+        clean_prediction=_prediction(clean_K, dataset.classes),
+        adversarial_prediction=_prediction(adversarial_K, dataset.classes),
+    )
+
+
+def _prediction(logits_K: torch.Tensor, classes: tuple[str, ...]) -> tuple[str, float]:
+    confidence, label = logits_K.softmax(0).max(0)
+    return classes[int(label)], float(confidence)

@@ -1,0 +1,74 @@
+"""The files beside the database: weights and models, each whole or not there, and nothing in them is ever unpickled."""
+
+import errno
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from trilemma.atomic import atomic_write
+from trilemma.errors import Failure
+
+
+class StoreFiles:
+    """Paths and contents of a store's files.
+
+    Args:
+        folder: The store's folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def weights(self, run_key: str) -> Path:
+        """Returns where a training's weights are."""
+        return self.folder / "weights" / f"{_name(run_key)}.safetensors"
+
+    def checkpoint(self, run_key: str) -> Path:
+        """Returns where an unfinished training's last state is."""
+        return self.folder / "checkpoints" / f"{_name(run_key)}.safetensors"
+
+    def progress(self, run_key: str) -> Path:
+        """Returns where a training tells how many rounds have ended."""
+        return self.folder / "checkpoints" / f"{_name(run_key)}.rounds"
+
+    def model(self, artefact_key: str) -> Path:
+        """Returns where an artefact's ONNX file is: what ships."""
+        return self.folder / "artefacts" / f"{_name(artefact_key)}.onnx"
+
+    def twin(self, artefact_key: str) -> Path:
+        """Returns where the weights of an artefact's differentiable twin are."""
+        return self.folder / "artefacts" / f"{_name(artefact_key)}.safetensors"
+
+    def log(self, key: str) -> Path:
+        """Returns where the traceback of a failed job goes."""
+        return self.folder / "logs" / f"{_name(key)}.txt"
+
+    def reports(self) -> Path:
+        """Returns the folder of reports and exports."""
+        return self.folder / "reports"
+
+
+def _name(key: str) -> str:
+    return key.replace(":", "-")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], texts: dict[str, str] | None = None) -> None:
+    """Writes named tensors and texts as a safetensors file, atomically."""
+    atomic_write(path, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, texts))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns what `save_tensors` wrote.
+
+    Raises:
+        Failure: If the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        missing = isinstance(error, OSError) and error.errno in (errno.ENOENT, None) and not path.exists()
+        problem = "is missing" if missing else f"cannot be read ({error})"
+        raise Failure(str(path), problem, "Delete the store's folder, or put the file back from a copy") from error

@@ -1,0 +1,185 @@
+"""From a study to its cells: which trainings, artefacts and evaluations there are, each with its key."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from trilemma.compression.specs import CompressionSpec
+from trilemma.errors import UserError
+from trilemma.evaluation.specs import AllAtOnce, EvaluationSpec
+from trilemma.federation.specs import LocalOnly, TrainSpec
+from trilemma.spec import content_key
+from trilemma.study.load import validate
+from trilemma.study.specs import Study
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a study.
+
+    Attributes:
+        spec: What is trained.
+        configuration: The label that its seeds (and the hospitals of `local_only`) share.
+        varied: Axis -> label of this training's value.
+        key: Content key of the spec.
+    """
+
+    spec: TrainSpec
+    configuration: str
+    varied: dict[str, str]
+    key: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One artefact of a study: a training and what its model is turned into.
+
+    Attributes:
+        training: Where the model comes from.
+        compression: What it is turned into.
+        key: Content key of both.
+    """
+
+    training: Training
+    compression: CompressionSpec
+    key: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a study asks for.
+
+    Attributes:
+        study: The study.
+        trainings: In the file's order, seeds innermost; none twice.
+        cells: Every training with every compression.
+        evaluations: Those of the file, and those that an `all_at_once` is made of.
+    """
+
+    study: Study
+    trainings: tuple[Training, ...]
+    cells: tuple[Cell, ...]
+    evaluations: tuple[EvaluationSpec, ...]
+
+    def sources(self, target: Cell) -> tuple[Cell, ...]:
+        """Returns the artefacts from which attacks are transferred to `target`: all others of its data and seed."""
+        own = target.training.spec
+        return tuple(
+            cell
+            for cell in self.cells
+            if cell.key != target.key and cell.training.spec.data == own.data and cell.training.spec.seed == own.seed
+        )
+
+
+def make_plan(study: Study, where: str) -> Plan:
+    """Returns the cells of a study.
+
+    Args:
+        study: The study.
+        where: Its file, for messages.
+
+    Raises:
+        UserError: If a combination of the grid is no valid training.
+    """
+    trainings: dict[str, Training] = {}
+    for variant in _variants(study, where):
+        for seed in study.seeds:
+            for training in _expand(variant, seed, where):
+                trainings.setdefault(training.key, training)
+    cells = tuple(
+        Cell(training, compression, content_key(training.key, compression.model_dump(mode="json")))
+        for training in trainings.values()
+        for compression in study.compressions
+    )
+    evaluations = dict.fromkeys(study.evaluations)
+    for evaluation in study.evaluations:
+        if isinstance(evaluation, AllAtOnce):
+            evaluations |= dict.fromkeys(evaluation.attacks)
+    return Plan(study, tuple(trainings.values()), cells, tuple(evaluations))
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A training without its seed: raw fields, and for each where in the file it was written."""
+
+    fields: dict[str, Any]
+    origin: dict[str, str]
+    names: dict[str, str | None]
+
+
+def _variants(study: Study, where: str) -> list[_Variant]:
+    base = _Variant(dict(study.base), {}, {})
+    axes = [[_choice(axis, i, value, where) for i, value in enumerate(values)] for axis, values in study.grid.items()]
+    grid = [_combine(base, choices) for choices in itertools.product(*axes)]
+    extra = []
+    for i, fields in enumerate(study.baselines):
+        name = fields.get("name") or None
+        replaced = {field: value for field, value in fields.items() if field != "name"}
+        places = dict.fromkeys(replaced, f"baselines[{i}]")
+        names = {"baseline": str(name)} if name else dict.fromkeys(replaced)
+        extra.append(_combine(base, [_Variant(replaced, places, names)]))
+    return grid + extra
+
+
+def _choice(axis: str, position: int, value: Any, where: str) -> _Variant:
+    place = f"grid.{axis}[{position}]"
+    if axis in TrainSpec.model_fields:
+        return _Variant({axis: value}, {axis: place}, {axis: None})
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise UserError(
+            f"{where}: {place}",
+            f"'{axis}' is no field of a training, so its values must be tables with a name and the fields they set",
+            f'Rename the axis to one of {", ".join(TrainSpec.model_fields)}, or write name = "..." in each value',
+        )
+    fields = {field: item for field, item in value.items() if field != "name"}
+    return _Variant(fields, dict.fromkeys(fields, place), {axis: value["name"]})
+
+
+def _combine(base: _Variant, choices: list[_Variant] | tuple[_Variant, ...]) -> _Variant:
+    fields, origin, names = dict(base.fields), dict(base.origin), dict(base.names)
+    for choice in choices:
+        fields |= choice.fields
+        origin |= choice.origin
+        names |= choice.names
+    return _Variant(fields, origin, names)
+
+
+def _expand(variant: _Variant, seed: int, where: str) -> list[Training]:
+    """Returns the trainings of a variant for one seed: one, or for `local_only` one for each hospital."""
+    if "seed" in variant.fields:
+        raise UserError(f"{where}: base.seed", "the seed is the study's", "Write seeds = [0, 1, 2] at the top instead")
+    spec = _validated({**variant.fields, "seed": seed}, variant.origin, where)
+    varied = {axis: name or _label(spec, axis) for axis, name in variant.names.items()}
+    shown = [varied[axis] for axis, name in variant.names.items() if name or not _is_none(spec, axis)]
+    configuration = " + ".join(shown) or "plain"
+    if isinstance(spec.algorithm, LocalOnly) and spec.algorithm.client is None:
+        hospitals = range(spec.partition.num_clients)
+        specs = [spec.model_copy(update={"algorithm": LocalOnly(client=number)}) for number in hospitals]
+    else:
+        specs = [spec]
+    return [Training(one, configuration, varied, one.key) for one in specs]
+
+
+def _validated(fields: dict[str, Any], origin: dict[str, str], where: str) -> TrainSpec:
+    try:
+        return validate(TrainSpec, fields, "")
+    except UserError as error:
+        place = error.where.removeprefix(": ")
+        field = place.split(".")[0].split("[")[0]
+        if not place:
+            place = "base and grid" if origin else "base"
+        elif field in origin:
+            axis = origin[field]
+            place = axis + place.removeprefix(field) if axis.startswith(f"grid.{field}[") else f"{axis}.{place}"
+        else:
+            place = f"base.{place}"
+        raise UserError(f"{where}: {place}", error.problem, error.remedy) from None
+
+
+def _label(spec: TrainSpec, field: str) -> str:
+    value = getattr(spec, field)
+    return value.label if hasattr(value, "label") else f"{field} {value}"
+
+
+def _is_none(spec: TrainSpec, field: str) -> bool:
+    return getattr(getattr(spec, field, None), "kind", "") == "none"

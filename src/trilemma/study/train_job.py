@@ -1,0 +1,77 @@
+"""The job that trains: from a spec to weights on disk and a row for the store, resuming where it was killed."""
+
+import time
+
+from trilemma.atomic import atomic_write
+from trilemma.errors import Failure
+from trilemma.federation.round import Federation, run_round
+from trilemma.federation.state import TrainingState
+from trilemma.federation.training import guarantee, initial_state, prepare
+from trilemma.models.vector import num_params
+from trilemma.study.files import load_tensors, save_tensors
+from trilemma.study.plan import Training
+from trilemma.study.provenance import peak_memory_bytes, provenance
+from trilemma.study.rows import RunRow
+from trilemma.study.workplace import Workplace
+
+
+class Abandoned(Exception):
+    """The study's process is gone: whoever runs it again continues from the checkpoint."""
+
+
+def train_job(place: Workplace, training: Training) -> RunRow:
+    """Trains what is left to train, round by round with a checkpoint after each, and stores the weights."""
+    place.enter()
+    dataset = place.dataset(training.spec.data)
+    federation = prepare(training.spec, dataset, place.torch_device)
+    state = _resume(place, training, federation, dataset.fingerprint) or initial_state(federation)
+    started = time.perf_counter()
+    spent = sum(row["seconds"] for row in state.history)
+    while state.round < training.spec.rounds:
+        if place.abandoned():
+            raise Abandoned
+        state = run_round(federation, state)
+        _checkpoint(place, training, state, dataset.fingerprint)
+    tensors = {"params": state.params_P, "buffers": state.buffers_Q}
+    save_tensors(place.files.weights(training.key), tensors)
+    return RunRow(
+        key=training.key,
+        spec=training.spec.model_dump(mode="json"),
+        history=list(state.history),
+        guarantee=guarantee(federation, state),
+        provenance=provenance(place.torch_device),
+        fingerprint=dataset.fingerprint,
+        seconds=spent + time.perf_counter() - started,
+        peak_memory_bytes=peak_memory_bytes(),
+        num_parameters=num_params(federation.classifier),
+    )
+
+
+def discard_checkpoint(place: Workplace, run_key: str) -> None:
+    """Removes what only an unfinished training needs."""
+    place.files.checkpoint(run_key).unlink(missing_ok=True)
+    place.files.progress(run_key).unlink(missing_ok=True)
+
+
+def _checkpoint(place: Workplace, training: Training, state: TrainingState, fingerprint: str) -> None:
+    tensors, texts = state.pack()
+    save_tensors(place.files.checkpoint(training.key), tensors, {**texts, "fingerprint": fingerprint})
+    atomic_write(place.files.progress(training.key), str(state.round).encode())
+
+
+def _resume(place: Workplace, training: Training, federation: Federation, fingerprint: str) -> TrainingState | None:
+    path = place.files.checkpoint(training.key)
+    if not path.exists():
+        return None
+    tensors, texts = load_tensors(path)
+    if texts.get("fingerprint") != fingerprint:
+        raise Failure(
+            str(path),
+            "was made on other images than the data now hold",
+            "Put the data back, or delete this file to start anew",
+        )
+    try:
+        state = TrainingState.unpack(tensors, texts, federation.classifier.device)
+    except (KeyError, ValueError) as error:
+        raise Failure(str(path), f"is no checkpoint of this training ({error})", "Delete it to start anew") from error
+    return state

@@ -1,0 +1,207 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from reference.naive_evasion import pgd_one
+from trilemma.attacks.budget import Budget
+from trilemma.attacks.evasion.fgsm import fgsm
+from trilemma.attacks.evasion.frozen import cross_entropy, frozen, input_gradient, margin
+from trilemma.attacks.evasion.geometry import random_start
+from trilemma.attacks.evasion.pgd import pgd
+from trilemma.models.classifier import Classifier
+from trilemma.models.specs import Resnet9
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def linear_classifier(w0, w1, size=2) -> Classifier:
+    layer = nn.Linear(size * size, 2, bias=False)
+    layer.weight.data = torch.tensor([w0, w1], dtype=layer.weight.dtype)
+    return Classifier(nn.Sequential(nn.Flatten(), layer), 2, mean=0.0, std=1.0)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network that tells a bright left half from a bright right half, and its images."""
+    torch.manual_seed(0)
+    classifier = Resnet9(width=4).make(1, 16, 2, seed=0)
+    y = torch.arange(64) % 2
+    x = torch.rand(64, 1, 16, 16, generator=generator()) * 0.5
+    x[y == 0, :, :, :8] += 0.25
+    x[y == 1, :, :, 8:] += 0.25
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(x), y).backward()
+        optimizer.step()
+    assert accuracy(classifier, x, y) == 1.0
+    return classifier, x, y
+
+
+def accuracy(classifier, x, y) -> float:
+    with torch.no_grad():
+        return float((classifier(x).argmax(1) == y).float().mean())
+
+
+def test_fgsm_by_hand():
+    # d(loss)/dx = p(wrong) * (w_wrong - w_true): its sign is that of (1, -2, 3, -1) for label 0, minus that for 1.
+    classifier = linear_classifier([0.0] * 4, [1.0, -2.0, 3.0, -1.0])
+    x = torch.tensor([[[[0.2, 0.5], [0.9, 0.05]]], [[[0.2, 0.5], [0.9, 0.05]]]])
+    x_adv = fgsm(classifier, x, torch.tensor([0, 1]), Budget("linf", 0.1), generator())
+    assert torch.allclose(x_adv[0, 0], torch.tensor([[0.3, 0.4], [1.0, 0.0]]))
+    assert torch.allclose(x_adv[1, 0], torch.tensor([[0.1, 0.6], [0.8, 0.15]]))
+    x_adv = fgsm(classifier, x[:1], torch.tensor([0]), Budget("l2", 0.15**0.5 / 10), generator())
+    assert torch.allclose(x_adv[0, 0], torch.tensor([[0.21, 0.48], [0.93, 0.04]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+def test_pgd_on_a_linear_model_is_the_closed_form(loss):
+    weights = torch.tensor([1.0, -2.0, 3.0, -1.0])
+    classifier = linear_classifier([0.0] * 4, weights.tolist()).double()  # the loss is flat around the optimum
+    x = 0.3 + 0.4 * torch.rand(6, 1, 2, 2, generator=generator(), dtype=torch.float64)
+    x[0, 0, 0, 0] = 0.98  # the box cuts this one
+    y = torch.tensor([0, 1, 0, 1, 0, 1])
+    towards = torch.where(y == 0, 1.0, -1.0)[:, None, None, None] * weights.view(1, 1, 2, 2)
+    linf = pgd(classifier, x, y, Budget("linf", 0.1), generator(), steps=5, loss=loss)
+    assert torch.allclose(linf, (x + 0.1 * towards.sign()).clamp(0, 1), atol=1e-6)
+    inside = slice(1, None)
+    l2 = pgd(classifier, x[inside], y[inside], Budget("l2", 0.1), generator(), steps=40, step_size=1.0, loss=loss)
+    assert torch.allclose(l2, x[inside] + 0.1 * towards[inside] / weights.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_pgd_matches_the_naive_twin(norm, loss, restarts):
+    classifier = Resnet9(width=4).make(1, 16, 3, seed=2).double().eval()
+    x = torch.rand(4, 1, 16, 16, generator=generator(3), dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 1])
+    budget, steps = Budget(norm, 0.05 if norm == "linf" else 0.5), 3
+    x_adv = pgd(classifier, x, y, budget, generator(4), steps=steps, restarts=restarts, loss=loss)
+    draws = generator(4)
+    starts = [random_start(x, budget, draws) for _ in range(restarts)]
+    for i in range(len(x)):
+        own = [start[i] for start in starts]
+        twin = pgd_one(classifier, x[i], int(y[i]), own, norm, budget.radius, steps, loss)
+        assert torch.allclose(x_adv[i], twin, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_without_keep_best_the_last_iterate_comes_back(norm):
+    classifier = Resnet9(width=4).make(1, 16, 3, seed=2).eval()
+    x, y = torch.rand(4, 1, 16, 16, generator=generator(3)), torch.tensor([0, 1, 2, 1])
+    budget = Budget(norm, 0.05)
+    x_adv = pgd(classifier, x, y, budget, generator(), steps=2, restarts=5, keep_best=False)
+    again = random_start(x, budget, generator())
+    for _ in range(2):
+        gradient, _ = input_gradient(classifier, again, y, cross_entropy)
+        direction = gradient.sign() if norm == "linf" else gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        delta = again + 1.25 * 0.05 * direction - x
+        if norm == "linf":
+            delta = delta.clamp(-0.05, 0.05)
+        else:
+            delta = delta * (0.05 / delta.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
+        again = (x + delta).clamp(0, 1)
+    assert torch.allclose(x_adv, again, atol=1e-5)
+
+
+def test_the_network_is_evaluated_once_per_step():
+    calls = []
+    classifier = Resnet9(width=4).make(1, 16, 2, seed=0)
+    classifier.module.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    x, y = torch.rand(2, 1, 16, 16), torch.tensor([0, 1])
+    pgd(classifier, x, y, Budget("linf", 0.1), generator(), steps=4, restarts=2)
+    assert calls.count(True) == 8  # forward and backward
+    assert calls.count(False) == 3  # forward only: the clean images and each restart's end
+    calls.clear()
+    pgd(classifier, x, y, Budget("linf", 0.1), generator(), steps=4, keep_best=False)
+    assert calls == [True] * 4
+
+
+def test_a_trained_network_falls_and_more_effort_never_helps_it(trained):
+    classifier, x, y = trained
+    budget = Budget("linf", 0.1)
+    with torch.no_grad():
+        before = cross_entropy(classifier(x), y).mean()
+        noise = cross_entropy(classifier(random_start(x, budget, generator())), y).mean()
+        fast = cross_entropy(classifier(fgsm(classifier, x, y, budget, generator())), y).mean()
+        strong = cross_entropy(classifier(pgd(classifier, x, y, budget, generator(), steps=10)), y).mean()
+    assert before < fast < strong
+    assert noise < fast  # random noise is no attack
+    assert accuracy(classifier, pgd(classifier, x, y, Budget("linf", 0.3), generator(), steps=10), y) < 0.2
+
+
+def test_misclassified_goes_before_a_higher_loss():
+    class Trap(nn.Module):
+        """Label 0 has its highest loss at x = .5, where it is still right; only beyond .9 is it wrong."""
+
+        def forward(self, x_BCHW):
+            x_B = x_BCHW.flatten(1).mean(1)
+            below_B = 0.98 - (x_B - 0.5).abs()
+            second_B = torch.where(x_B > 0.9, 1.0, below_B)
+            third_B = torch.where(x_B > 0.9, -50.0, below_B)
+            return torch.stack([torch.full_like(x_B, 0.99), second_B, third_B], 1)
+
+    classifier = Classifier(Trap(), 3, mean=0.0, std=1.0)
+    probes, y = torch.tensor([0.5, 0.95]).view(2, 1, 1, 1), torch.zeros(200, dtype=torch.int64)
+    losses = cross_entropy(classifier(probes), y[:2])
+    assert losses[0] > losses[1]  # the trap is set
+    x, budget = torch.full((200, 1, 1, 1), 0.5), Budget("linf", 0.5)
+    lucky = (random_start(x, budget, generator()) > 0.9).flatten()
+    assert 5 < lucky.sum() < 50
+    x_adv = pgd(classifier, x, y, budget, generator(), steps=3)
+    wrong = classifier(x_adv).argmax(1) != 0
+    assert wrong[lucky].all()  # though x = .5 has the higher loss
+    assert not wrong.all()
+
+
+def test_margin_by_hand_and_against_a_saturated_cross_entropy():
+    logits = torch.tensor([[1.0, 4.0, 2.5], [200.0, 0.0, 50.0]])
+    assert margin(logits, torch.tensor([1, 0])).tolist() == [-1.5, -150.0]
+    assert margin(logits, torch.tensor([0, 2])).tolist() == [3.0, 150.0]
+    classifier = linear_classifier([500.0] * 4, [-500.0] * 4)
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    assert input_gradient(classifier, x, y, cross_entropy).gradient_BCHW.abs().max() == 0
+    assert (input_gradient(classifier, x, y, margin).gradient_BCHW < 0).all()
+
+
+def test_input_gradient_is_the_gradient_and_keeps_no_graph():
+    classifier = linear_classifier([0.0] * 4, [1.0, -2.0, 3.0, -1.0])
+    x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
+    with frozen(classifier), torch.no_grad():
+        gradient, loss = input_gradient(classifier, x, y, cross_entropy)
+    assert torch.allclose(loss, F.cross_entropy(classifier(x), y, reduction="none"))
+    wrong = torch.softmax(classifier(x), 1)[torch.arange(3), 1 - y]
+    expected = torch.where(y == 0, 1.0, -1.0)[:, None] * wrong[:, None] * torch.tensor([1.0, -2.0, 3.0, -1.0])
+    assert torch.allclose(gradient.flatten(1), expected, atol=1e-6)
+    assert not gradient.requires_grad
+    assert not loss.requires_grad
+
+
+def test_frozen_restores_after_an_error_and_when_nested():
+    classifier = Resnet9(width=4, norm="batch").make(1, 16, 2, seed=0)
+    classifier.module.res1.eval()
+    classifier.module.linear.bias.requires_grad_(False)
+    flags = [m.training for m in classifier.modules()]
+    wants = [p.requires_grad for p in classifier.parameters()]
+    with pytest.raises(RuntimeError, match="on purpose"), frozen(classifier), frozen(classifier):
+        assert not any(m.training for m in classifier.modules())
+        assert not any(p.requires_grad for p in classifier.parameters())
+        raise RuntimeError("on purpose")
+    assert [m.training for m in classifier.modules()] == flags
+    assert [p.requires_grad for p in classifier.parameters()] == wants
+
+
+def test_a_broken_model_gives_finite_images():
+    classifier = linear_classifier([torch.nan] * 4, [1.0] * 4)
+    x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
+    for norm in ("linf", "l2"):
+        for x_adv in (
+            fgsm(classifier, x, y, Budget(norm, 0.1), generator(), random_start=True),
+            pgd(classifier, x, y, Budget(norm, 0.1), generator(), steps=3),
+        ):
+            assert torch.isfinite(x_adv).all()
+            assert (x_adv - x).abs().max() <= 0.1 + 1e-6

@@ -1,0 +1,29 @@
+"""Fixtures that every room's tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """The suite runs in parallel processes; more threads than cores only slow each other down."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the real images; without it the test skips and says why."""
+    folder = os.environ.get("TRILEMMA_DATA")
+    if not folder:
+        pytest.skip("the real images are not here: set TRILEMMA_DATA to their folder (see CONTRIBUTING.md)")
+    return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Decoded images are cached in a folder of the test session, never in the user's."""
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("TRILEMMA_CACHE", str(base / "cache"))
