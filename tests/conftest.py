@@ -18,6 +18,8 @@ def real_data() -> Path:
     """The folder with the real images; without it the test skips and says why."""
     folder = os.environ.get("TRILEMMA_DATA")
     if not folder:
+        if os.environ.get("TRILEMMA_REQUIRE_DATA"):
+            pytest.fail("the real images are required here: TRILEMMA_DATA is not set")
         pytest.skip("the real images are not here: set TRILEMMA_DATA to their folder (see CONTRIBUTING.md)")
     return Path(folder)
 

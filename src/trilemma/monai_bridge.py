@@ -176,9 +176,12 @@ def read_dicom(path: Path) -> np.ndarray:
         raise UserError(str(path), "does not exist", "Correct the path")
     try:
         reader = PydicomReader()
-        file = reader.read(str(path))
+        file: Any = reader.read(str(path))
         if int(getattr(file, "NumberOfFrames", None) or 1) > 1 or int(getattr(file, "SamplesPerPixel", 1)) > 1:
             raise UserError(str(path), "holds colours or several frames", "Give grey 2-D pictures, one per file")
+        if "ImageOrientationPatient" not in file or "ImagePositionPatient" not in file:
+            # Radiographs have no place in the patient; MONAI would warn of it for every file.
+            file.ImageOrientationPatient, file.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 0]
         values_WH, _ = reader.get_data(file)
         image_HW = _displayed(file, np.asarray(values_WH, dtype=np.float64).T)
     except UserError:

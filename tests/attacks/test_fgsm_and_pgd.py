@@ -57,6 +57,17 @@ def test_fgsm_by_hand():
     assert torch.allclose(x_adv[0, 0], torch.tensor([[0.21, 0.48], [0.93, 0.04]]), atol=1e-6)
 
 
+def test_fgsm_from_a_random_start_steps_a_quarter_further():
+    weights = torch.tensor([1.0, -2.0, 3.0, -1.0])
+    classifier = linear_classifier([0.0] * 4, weights.tolist())
+    x, y = torch.full((50, 1, 2, 2), 0.5), torch.zeros(50, dtype=torch.int64)
+    x_adv = fgsm(classifier, x, y, Budget("linf", 0.1), generator(), random_start=True)
+    start = random_start(x, Budget("linf", 0.1), generator())
+    expected = (start - x + 0.125 * weights.sign().view(1, 1, 2, 2)).clamp(-0.1, 0.1) + x
+    assert torch.allclose(x_adv, expected, atol=1e-6)
+    assert 0.02 < float((x_adv - x).abs().lt(0.0999).float().mean()) < 0.98  # not all end on the surface
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
 def test_pgd_on_a_linear_model_is_the_closed_form(loss):
     weights = torch.tensor([1.0, -2.0, 3.0, -1.0])

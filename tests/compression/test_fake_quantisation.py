@@ -39,6 +39,18 @@ def test_a_grid_rounds_to_the_nearest_of_256_levels_that_include_zero(a, b, valu
     assert (np.abs(got - x.numpy())[inside] <= 1.02 * scale).all()  # half a level, and half for the zero point
 
 
+@settings(deadline=None, max_examples=30)
+@given(low=st.floats(-50, 0), high=st.floats(0, 50), seed=st.integers(0, 100))
+def test_a_grid_rounds_bit_for_bit_like_torch(low, high, seed):
+    grid = ActivationGrid()
+    grid.fit(Range(low, high))
+    x = 40 * torch.randn(500, generator=torch.Generator().manual_seed(seed))
+    x[:100] = (x[:100] / grid.scale).round() * grid.scale + grid.scale / 2  # ties
+    expected = torch.fake_quantize_per_tensor_affine(x, grid.scale, grid.zero_point, 0, 255)
+    assert torch.equal(grid(x), expected)
+    assert torch.equal(grid(x.clone().requires_grad_(True)), expected)
+
+
 def test_gradients_pass_straight_through_also_where_values_are_clamped():
     grid = ActivationGrid()
     grid.fit(Range(-1.0, 1.0))

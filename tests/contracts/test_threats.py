@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from trilemma.attacks.poisoning.label_flip import label_flip
 from trilemma.attacks.poisoning.specs import AdversarialSamples, LabelFlip, NoThreat, ThreatSpec
 from trilemma.data.records import Records
+from trilemma.models.classifier import Classifier
 from trilemma.models.specs import Resnet9
 from trilemma.models.vector import get_buffers, get_params
 
@@ -117,10 +119,17 @@ def test_adversarial_samples_stay_in_the_budget_and_carry_the_models_answer(thre
 
 
 def test_whole_levels_are_used_in_full():
-    records = make_records(np.uint8)
-    result = poisoned(AdversarialSamples(num_malicious=1, share=1.0, radius="8/255", steps=4), records)
-    steps = np.abs(result.images_NCHW.astype(int) - records.images_NCHW)
-    assert steps.max() == 8
+    # Every level from 0 to 255 once; the closed form against a linear model is 8 levels towards the other class.
+    images = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    nothing = np.zeros(1, np.int64)
+    records = Records(images, nothing, nothing, nothing, nothing)
+    layer = nn.Linear(256, 2)
+    layer.weight.data = torch.stack([torch.zeros(256), torch.tensor([1e-3, -1e-3]).repeat(128)])
+    classifier = Classifier(nn.Sequential(nn.Flatten(), layer), 2)
+    threat = AdversarialSamples(num_malicious=1, share=1.0, radius="8/255", steps=4)
+    result = threat.poison(records, classifier, 2, torch.Generator().manual_seed(0))
+    expected = (images.astype(int).ravel() + np.array([8, -8] * 128)).clip(0, 255)
+    assert np.array_equal(result.images_NCHW.ravel(), expected)
 
 
 def test_radius_0_keeps_the_images_and_takes_the_models_answers():

@@ -45,7 +45,10 @@ def test_a_clean_set_has_no_warnings():
         (splits(val=records([0, 2])), "record 1 has label 2, outside 0..1"),
         (splits(val=records([0, -1])), "record 1 has label -1"),
         (splits(train=records([0, 1], channels=2)), r"images of shape \(2, 2, 8, 8\)"),
-        (splits(train=records([0, 1], [5, 6]), test=records([0, 1], [7, 6])), "patient of record 1 also has records in train"),
+        (
+            splits(train=records([0, 1], [5, 6]), test=records([0, 1], [7, 6])),
+            "patient of record 1 also has records in train",
+        ),
     ],
 )
 def test_wrong_records_are_refused(given_splits, message):

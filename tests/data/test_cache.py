@@ -74,9 +74,7 @@ def plant_pickle(folder):
     (folder / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_index, damage_header, damage_length, remove_array, list_index, plant_pickle]
-)
+@pytest.mark.parametrize("damage", [damage_index, damage_header, damage_length, remove_array, list_index, plant_pickle])
 def test_a_broken_entry_is_rebuilt(tmp_path, damage):
     calls = []
     cached_arrays(tmp_path, "k", builder(calls))

@@ -43,7 +43,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(with_ranges=True, at_most=len(CONTENT), status=200):
+def serving(with_ranges=True, at_most=10**9, status=200):
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     server.with_ranges, server.at_most, server.status, server.ranges = with_ranges, at_most, status, []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

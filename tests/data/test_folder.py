@@ -5,10 +5,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from helpers.pictures import roots_of, write_image, write_images
 from trilemma.data.specs import Folder
 from trilemma.errors import UserError
-
-from .pictures import roots_of, write_image, write_images
 
 NAMES = [
     *(f"mine/train/cat/p{p}_{i}.png" for p in range(6) for i in range(2)),
@@ -56,9 +55,10 @@ def test_one_deep_image_makes_all_float(roots):
     deep = np.full((8, 8), 65535, np.uint16)
     Image.fromarray(deep).save(roots.data / "mine/train/cat/p0_0.png")
     data = Folder(path="mine", size=8).load(roots)
-    assert data.train.images_NCHW.dtype == np.float32
-    x = data.train.x()
-    assert float(x.max()) == 1.0 and float(x.min()) >= 0.0 and float(x.mean()) == pytest.approx(0.5, abs=0.1)
+    images = [records.x() for records in (data.train, data.val, data.test)]
+    assert all(records.images_NCHW.dtype == np.float32 for records in (data.train, data.val, data.test))
+    assert max(float(x.max()) for x in images) == 1.0 and min(float(x.min()) for x in images) >= 0.0
+    assert float(images[0].mean()) == pytest.approx(0.5, abs=0.1)  # the 8-bit ones too are in [0, 1]
 
 
 def test_what_is_missing_is_named(roots, tmp_path):

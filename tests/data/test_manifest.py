@@ -2,10 +2,9 @@
 
 import pytest
 
+from helpers.pictures import roots_of, write_image, write_images
 from trilemma.data.specs import BySite, Manifest
 from trilemma.errors import UserError
-
-from .pictures import roots_of, write_image, write_images
 
 GOOD = """path,label,patient,site,split,age
 a/0.png,sick,p0,north,train,7

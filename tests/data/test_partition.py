@@ -13,7 +13,9 @@ from trilemma.data.summary import client_rows
 from trilemma.errors import UserError
 
 
-def made(num: int, patients: list[int], rng: np.random.Generator, first_patient: int, sites: int, classes: int) -> Records:
+def made(
+    num: int, patients: list[int], rng: np.random.Generator, first_patient: int, sites: int, classes: int
+) -> Records:
     patients_N = np.array([p + first_patient if p >= 0 else -1 for p in patients], dtype=np.int64)
     labels_N = rng.integers(classes, size=num)
     labels_N[:classes] = np.arange(classes)
@@ -173,4 +175,10 @@ def test_labels_are_short_and_distinct():
         BySite(num_clients=1),
     ]
     labels = [spec.label for spec in specs]
-    assert labels == ["iid, 3 clients", "Dirichlet 0.5, 3 clients", "sizes 2:1", "quantity 1, 2 clients", "by site, 1 client"]
+    assert labels == [
+        "iid, 3 clients",
+        "Dirichlet 0.5, 3 clients",
+        "sizes 2:1",
+        "quantity 1, 2 clients",
+        "by site, 1 client",
+    ]

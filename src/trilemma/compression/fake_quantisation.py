@@ -11,7 +11,7 @@ numbers on every processor.
 """
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,23 @@ class ActivationGrid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the nearest level of every value."""
-        rounded = torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, ACTIVATION_LEVELS)
-        if torch.onnx.is_in_onnx_export() or not x.requires_grad:
-            return rounded
-        return rounded.detach() + (x - x.detach())
+        if torch.onnx.is_in_onnx_export():
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, 0, ACTIVATION_LEVELS)
+        return _Rounded.apply(x, self.scale, self.zero_point)  # pyright: ignore[reportReturnType]
+
+
+class _Rounded(torch.autograd.Function):
+    """What torch.fake_quantize_per_tensor_affine returns, bit for bit; that takes 30 times as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        levels = torch.mul(x, 1 / scale).round_()
+        low = -zero_point.to(levels.dtype)
+        return torch.clamp(levels, low, low + ACTIVATION_LEVELS, out=levels).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
 class QuantConv2d(nn.Conv2d):

@@ -62,8 +62,9 @@ def new_array(folder: Path, name: str, shape: tuple[int, ...], dtype: type) -> n
         return np.zeros(shape, dtype)
     # The blocks are reserved first: a full disk then is an error here, not a bus error when a page is written.
     array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.dtype(dtype), shape=shape)
-    with (folder / f"{name}.npy").open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+    if hasattr(os, "posix_fallocate"):
+        with (folder / f"{name}.npy").open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
     return array
 
 

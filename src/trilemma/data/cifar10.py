@@ -56,7 +56,7 @@ def _read_batch(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             str(path), f"record {wrong[0]} has label {labels[wrong[0]]}, outside 0..9", f"Delete it. {_FETCH}"
         )
-    return images, labels
+    return images.copy(), labels  # its own memory, not a view of the bytes that were read
 
 
 def _from_python(data: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,8 @@ def duplicate_warnings(splits: dict[str, Records], digests_by_split: dict[str, l
     sentences = []
     for name, found in digests_by_split.items():
         if surplus := len(found) - len(set(found)):
-            sentences.append(f"{_images(surplus)} of {name} {'repeats' if surplus == 1 else 'repeat'} another one there pixel for pixel.")
+            verb = "repeats" if surplus == 1 else "repeat"
+            sentences.append(f"{_images(surplus)} of {name} {verb} another one there pixel for pixel.")
     for first, second in combinations(digests_by_split, 2):
         known = set(digests_by_split[first])
         if shared := [i for i, digest in enumerate(digests_by_split[second]) if digest in known]:

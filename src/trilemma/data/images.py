@@ -5,7 +5,10 @@ turns whatever a decoder raises into one message that names the file.
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -89,26 +92,36 @@ def png_bytes(image_CHW: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _opened(path: Path) -> Image.Image:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Opens an image after checking its header; the file is closed here, as Pillow forgets some damaged ones."""
     try:
-        image = Image.open(path, formats=("PNG", "JPEG", "TIFF"))
-    except FileNotFoundError:
-        raise UserError(str(path), "does not exist", "Correct the path") from None
+        stream = path.open("rb")
+    except OSError as error:
+        raise UserError(
+            str(path), f"cannot be read ({error.strerror})", "Correct the path or its permissions"
+        ) from None
+    with stream:
+        image = _checked(path, stream)
+        with image:
+            yield image
+
+
+def _checked(path: Path, stream: IO[bytes]) -> Image.Image:
+    try:
+        image = Image.open(stream, formats=("PNG", "JPEG", "TIFF"))
+        several = image.format == "TIFF" and getattr(image, "n_frames", 1) > 1
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(str(path), f"has more than {MAX_PIXELS} pixels", "Scale it down first") from None
     except Exception as error:  # see read_image
-        reason = (
-            "not a PNG, JPEG, TIFF or DICOM image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        )
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not a PNG, JPEG, TIFF or DICOM image" if unknown else str(error)
         raise UserError(str(path), f"cannot be read ({reason})", _REMEDY) from None
-    problem = None
     if image.size[0] * image.size[1] > MAX_PIXELS:
-        problem = f"has {image.size[0]} x {image.size[1]} pixels, more than {MAX_PIXELS}"
-    elif image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
-        problem = "holds several pictures; images here are 2-D"
-    if problem:
-        image.close()
-        raise UserError(str(path), problem, "Scale it down, or save one picture per file")
+        size = f"{image.size[0]} x {image.size[1]}"
+        raise UserError(str(path), f"has {size} pixels, more than {MAX_PIXELS}", "Scale it down first")
+    if several:
+        raise UserError(str(path), "holds several pictures; images here are 2-D", "Save one picture per file")
     return image
 
 

@@ -82,9 +82,14 @@ def draw_case(
     anatomy: np.random.Generator, picture: np.random.Generator, label: int, scanner: dict[str, float]
 ) -> Case:
     """Returns a case: `anatomy` decides what belongs to the patient, `picture` what belongs to the single picture."""
-    a, p = anatomy.uniform, picture.uniform
-    values = dict(scanner)
-    values |= {
+    values = scanner | _draw_anatomy(anatomy) | _draw_findings(anatomy, label) | _draw_posture(picture)
+    coarse, fine = (anatomy.standard_normal((2, number, number), dtype=np.float32) for number in (_COARSE, _FINE))
+    return Case(label, values, coarse, fine, picture)
+
+
+def _draw_anatomy(rng: np.random.Generator) -> dict[str, float]:
+    a = rng.uniform
+    return {
         "width": a(0.90, 1.08),
         "height": a(0.90, 1.08),
         "heart_x": a(0.06, 0.15),
@@ -98,16 +103,26 @@ def draw_case(
         "fat": a(0.0, 0.07),
         "body": a(0.86, 0.97),
     }
-    values |= {
-        "side": -1.0 if anatomy.random() < 0.55 else 1.0,
+
+
+def _draw_findings(rng: np.random.Generator, label: int) -> dict[str, float]:
+    """Returns side, lobe and strength of the finding; faint ones cannot be told from a clear lung."""
+    a = rng.uniform
+    return {
+        "side": -1.0 if rng.random() < 0.55 else 1.0,
         "lobe_x": a(0.30, 0.52),
-        "lobe_y": float(anatomy.choice([-0.40, -0.02, 0.30])) + a(-0.06, 0.06),
+        "lobe_y": float(rng.choice([-0.40, -0.02, 0.30])) + a(-0.06, 0.06),
         "lobe_width": a(0.16, 0.28),
         "lobe_height": a(0.13, 0.24),
         "opacity": a(0.11, 0.36) if label == 1 else 0.0,
         "reticular": a(0.09, 0.25) if label == 2 else 0.0,
     }
-    values |= {
+
+
+def _draw_posture(rng: np.random.Generator) -> dict[str, float]:
+    """Returns how the patient stood and breathed, the exposure, and one harmless shadow."""
+    p = rng.uniform
+    return {
         "dx": p(-0.06, 0.06),
         "dy": p(-0.05, 0.05),
         "tilt": p(-0.07, 0.07),
@@ -119,8 +134,6 @@ def draw_case(
         "blob": p(0.0, 0.07),
         "collimator": p(0.0, 0.05),
     }
-    coarse, fine = (anatomy.standard_normal((2, number, number), dtype=np.float32) for number in (_COARSE, _FINE))
-    return Case(label, values, coarse, fine, picture)
 
 
 @dataclass(frozen=True)

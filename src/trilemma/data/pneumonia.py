@@ -1,8 +1,8 @@
 """The paediatric chest X-ray set of Kermany et al. (2018) in its published folder layout.
 
 Diagnosis and patient are in the file names: `person1301_virus_2241.jpeg` is patient 1301 with viral pneumonia;
-`IM-0115-0001.jpeg` and `NORMAL2-IM-1427-0001.jpeg` are studies of healthy children. Number ranges start again in
-`test`, so an id means something only together with its split.
+`IM-0115-0001.jpeg` and `NORMAL2-IM-1427-0001.jpeg` are studies 0115 and 1427 of healthy children. Number
+ranges start again in `test`, so an id means something only together with its split.
 """
 
 import re
@@ -19,7 +19,7 @@ from trilemma.errors import UserError
 from trilemma.randomness import numpy_generator
 
 _SICK = re.compile(r"(person\d+)_(bacteria|virus)_\d+")
-_HEALTHY = re.compile(r"((?:NORMAL\d*-)?IM-\d+)-\d+")
+_HEALTHY = re.compile(r"(?:NORMAL\d*-)?(IM-\d+)-\d+")
 _SOURCE = "Paediatric chest X-rays (Kermany et al. 2018, doi 10.17632/rscbjbr9sj.2), CC BY 4.0"
 _CLASSES = {2: ("normal", "pneumonia"), 3: ("normal", "bacterial", "viral")}
 

@@ -54,7 +54,7 @@ def answer(results: Results) -> tuple[Finding, ...]:
         *_defence(rows, by),
         *_together(rows, by),
         *_fragility(rows, by),
-        *_compression(rows, by),
+        *_compression(rows),
         *_threat(rows, by),
     ]
     return tuple(findings)
@@ -206,7 +206,7 @@ def _fragility(rows: Sequence[Row], by: Headline) -> list[Finding]:
     return _finding("Does privacy alone make it more fragile?", texts, len(found), MOST_PAIRS)
 
 
-def _compression(rows: Sequence[Row], by: Headline) -> list[Finding]:
+def _compression(rows: Sequence[Row]) -> list[Finding]:
     full = {row.configuration: row for row in rows if row.compression == UNCOMPRESSED}
     found = []
     for label in dict.fromkeys(row.compression for row in rows if row.compression != UNCOMPRESSED):
@@ -222,12 +222,12 @@ def _compression(rows: Sequence[Row], by: Headline) -> list[Finding]:
         faster = _ratios(same, lambda row: row.latency_1)
         if faster:
             texts.append(f"Fp32 needs {faster} times as long as {label} for one image.")
-        texts.extend(_largest_change(same, "accuracy", by))
+        texts.extend(_largest_change(same, "accuracy"))
         found.extend(_finding(f"What does {label} cost and save?", texts, 0, 0))
     return found
 
 
-def _largest_change(same: Sequence[Pair], metric: str, by: Headline) -> list[str]:
+def _largest_change(same: Sequence[Pair], metric: str) -> list[str]:
     effects = [(pair, effect) for pair in same if (effect := change(pair, metric)) is not None]
     if not effects:
         return []

@@ -296,7 +296,7 @@ def partition_table(facts: DataFacts) -> Html:
 def facts_table(caption: str, rows: Iterable[tuple[str, Content]]) -> Html:
     """Returns a table of names and values."""
     body = [tag("tr", tag("th", name, scope="row"), tag("td", value, class_="text")) for name, value in rows]
-    return table(caption, [header(["", "value"], first=2)], body)
+    return table(caption, [header(["fact", "value"], first=2)], body)
 
 
 def _letter(index: int) -> str:

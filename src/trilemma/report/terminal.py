@@ -12,15 +12,16 @@ from trilemma.results import Results
 
 def answer_table(results: Results) -> Table:
     """Returns the table of configurations for rich; a study's names are shown as they are, never as markup."""
-    titles, rows = written_rows(results)
+    (first, second, *others), rows = written_rows(results)
     table = Table(title=_text(results.name), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     table.caption = Text("★ Pareto-optimal   ↓ at or below the majority class   – not measured", style="dim")
-    for index, title in enumerate(titles):
-        lines = title.rstrip(")").replace(" (", "\n").replace(", ", "\n")
-        is_text = index < 2
-        table.add_column(Text(clean(lines)), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
-    for row in rows:
-        table.add_row(*map(_two_lines, row), style="bold" if row[-1] else None)
+    table.add_column(Text(f"{first}, {second}"), overflow="fold")
+    for title in others:
+        lines = clean(title).rstrip(")").replace(" (", "\n").replace(", ", "\n")
+        table.add_column(Text(lines), justify="right", overflow="fold", no_wrap=True)
+    for configuration, compression, *cells in rows:
+        name = _text(f"{configuration}, {compression}")
+        table.add_row(name, *map(_two_lines, cells), style="bold" if cells[-1] else None)
     return table
 
 

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from trilemma.report import numbers
 from trilemma.report.configurations import Headline, Row
-from trilemma.report.pareto import is_choice
 
 #: A file counts as small when it takes at most this share of the largest one that was measured.
 SMALL_SHARE = 0.5
@@ -48,8 +47,8 @@ def corners(row: Row, by: Headline, largest_bytes: float) -> Corners:
 
 
 def verdict(rows: Sequence[Row], by: Headline) -> str:
-    """Returns the verdict over the rows that a federation could choose, without malicious hospitals where it can."""
-    choices = [row for row in rows if is_choice(row) and row.kind("algorithm") != "local_only"] or list(rows)
+    """Returns the verdict over the rows that trained together, without malicious hospitals where there are such."""
+    choices = [row for row in rows if row.kind("algorithm") not in ("centralised", "local_only")] or list(rows)
     choices = [row for row in choices if row.kind("threat") == "none"] or choices
     unasked = _unasked(choices, by)
     if unasked:

@@ -151,7 +151,7 @@ def _expand(variant: _Variant, seed: int, where: str) -> list[Training]:
     spec = _validated({**variant.fields, "seed": seed}, variant.origin, where)
     varied = {axis: name or _label(spec, axis) for axis, name in variant.names.items()}
     shown = [varied[axis] for axis, name in variant.names.items() if name or not _is_none(spec, axis)]
-    configuration = " + ".join(shown) or "plain"
+    configuration = ", ".join(shown) or "plain"
     if isinstance(spec.algorithm, LocalOnly) and spec.algorithm.client is None:
         hospitals = range(spec.partition.num_clients)
         specs = [spec.model_copy(update={"algorithm": LocalOnly(client=number)}) for number in hospitals]

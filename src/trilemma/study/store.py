@@ -175,7 +175,7 @@ class Store:
             json.loads(provenance),
             seconds,
             tuple(Measurement(*row) for row in measured),
-            examples=tuple(Example(artefact_key, *e[:6], (e[6], e[7]), (e[8], e[9])) for e in examples),
+            examples=tuple(_example(artefact_key, values) for values in examples),
         )
 
     def outcomes(self, evaluation_key: str) -> tuple[Outcome, ...]:
@@ -254,6 +254,12 @@ class Store:
     def _insert(self, table: str, values: tuple[Any, ...]) -> None:
         marks = ", ".join("?" * len(values))
         self._db.execute(f"INSERT INTO {table} VALUES ({marks})", values)
+
+
+def _example(artefact_key: str, values: tuple[Any, ...]) -> Example:
+    title, clean, perturbation, adversarial, scale, truth, *predictions = values
+    before, after = (predictions[0], predictions[1]), (predictions[2], predictions[3])
+    return Example(artefact_key, title, clean, perturbation, adversarial, scale, truth, before, after)
 
 
 def _example_values(example: Example) -> tuple[Any, ...]:

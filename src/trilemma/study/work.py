@@ -54,7 +54,8 @@ def run_jobs(jobs: list[Job], place: Workplace, num_processes: int) -> Iterator[
     parallel = Parallel(n_jobs=min(num_processes, len(jobs)), return_as="generator_unordered")
     try:
         tasks = (delayed(_numbered)(number, job, place) for number, job in enumerate(jobs))
-        for number, result in parallel(tasks) or ():
+        results: Iterator[tuple[int, Any]] = parallel(tasks)  # pyright: ignore[reportAssignmentType] - a generator
+        for number, result in results:
             yield jobs[number], result
     except TerminatedWorkerError as error:
         raise Failure(

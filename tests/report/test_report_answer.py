@@ -1,0 +1,167 @@
+import re
+from dataclasses import replace
+
+from builder import BOTH, CONSTANT, DP, MADE, MAJORITY, PGD, PLAIN, build
+
+from trilemma.report.answer import answer
+from trilemma.report.terminal import answer_text
+
+
+def paragraph(results, topic):
+    found = [finding.text for finding in answer(results) if topic in finding.topic]
+    assert len(found) == 1, [finding.topic for finding in answer(results)]
+    return found[0]
+
+
+def with_made(**changes):
+    names = {"plain": PLAIN, "pgd": PGD, "dp": DP, "both": BOTH, "alone": "local only", "flip": "label flip"}
+    return build({**MADE, **{names[name]: made for name, made in changes.items()}})
+
+
+def test_the_answer_is_the_same_every_time():
+    assert answer(build()) == answer(build())
+
+
+def test_collaboration_flips_with_the_numbers():
+    assert "Collaboration is worth it" in paragraph(build(), "collaboration")
+    swapped = with_made(
+        plain=replace(MADE["local only"], algorithm="fedavg"), alone=replace(MADE[PLAIN], algorithm="local_only")
+    )
+    assert "Collaboration did not pay" in paragraph(swapped, "collaboration")
+    equal = with_made(alone=replace(MADE[PLAIN], algorithm="local_only"))
+    assert "Whether it pays is open" in paragraph(equal, "collaboration")
+    assert "no difference can be shown" in paragraph(equal, "collaboration")
+
+
+def test_collaboration_names_its_numbers_and_their_interval():
+    text = paragraph(build(), "collaboration")
+    assert "AUROC is 0.962 against 0.921" in text
+    assert re.search(r"0\.041 more \(95\u00a0% interval 0\.\d{3} to 0\.\d{3}\)", text)
+    assert "pooling all images in one place" in text
+
+
+def test_privacy_flips_with_the_numbers():
+    assert "0.049 less" in paragraph(build(), "privacy cost")
+    swapped = with_made(plain=replace(MADE[DP], epsilon=None), dp=replace(MADE[PLAIN], epsilon=7.96))
+    assert re.search(r"0\.04[89] more", paragraph(swapped, "privacy cost"))
+    assert "ε ≤ 7.96" in paragraph(build(), "privacy cost")
+
+
+def test_a_void_guarantee_is_never_a_number():
+    results = build()
+    artefacts = tuple(
+        replace(a, guarantee=a.guarantee.voided("a resumed run forgot its history")) for a in results.artefacts
+    )
+    text = paragraph(replace(results, artefacts=artefacts), "privacy cost")
+    assert "no guarantee" in text
+    assert "ε" not in text
+
+
+def test_adversarial_training_costs_and_buys():
+    text = paragraph(build(), "adversarial training")
+    assert "0.011 less" in text
+    assert "points more" in text
+    swapped = with_made(
+        pgd=replace(MADE[PGD], robust=(0.3, 0.05, 0.0)), plain=replace(MADE[PLAIN], robust=(0.8, 0.7, 0.66))
+    )
+    assert "points less" in paragraph(swapped, "adversarial training")
+    assert "so it is not robust" in paragraph(swapped, "adversarial training")
+
+
+def test_both_together_are_compared_with_neither():
+    assert f"“{BOTH}” against “{PLAIN}”" in paragraph(build(), "both cost together")
+
+
+def test_fragility_flips_with_the_numbers():
+    assert paragraph(build(), "fragile").startswith("Yes")
+    tougher = with_made(dp=replace(MADE[DP], robust=(0.6, 0.3, 0.1)))
+    assert paragraph(tougher, "fragile").startswith("No")
+    same = with_made(dp=replace(MADE[PLAIN], epsilon=7.96))
+    assert paragraph(same, "fragile").startswith("It cannot be told")
+    assert CONSTANT not in paragraph(build(), "fragile"), "a constant cannot be fragile"
+
+
+def test_compression_says_what_it_saves():
+    text = paragraph(build(), "int8")
+    assert "3.9 times smaller" in text
+    assert "1.8 times as long" in text
+    assert "no difference can be shown" in text
+
+
+def test_the_threat_flips_with_the_numbers():
+    assert "0.061 less" in paragraph(build(), "threat")
+    harmless = with_made(flip=replace(MADE[PLAIN], threat="label_flip"))
+    assert "no difference can be shown" in paragraph(harmless, "threat")
+
+
+def test_the_verdict_flips_with_the_numbers():
+    assert paragraph(build(), "at once").startswith("No. Of 10 configurations as shipped, 6 carry")
+    strong = with_made(both=replace(MADE[BOTH], robust=(0.77, 0.75, 0.74)))
+    text = paragraph(strong, "at once")
+    assert text.startswith(f"Yes, on these data: “{BOTH}, int8” is all three")
+    assert "ε ≤ 7.96" in text
+    assert "62.5" in text
+    close = with_made(both=replace(MADE[BOTH], robust=(0.77, 0.75, 0.66)))
+    assert paragraph(close, "at once").startswith("Perhaps: the interval reaches down to the majority class")
+
+
+def test_a_constant_never_wins_however_robust_it_seems():
+    made = {PLAIN: MADE[PLAIN], CONSTANT: replace(MADE[CONSTANT], robust=(0.7, 0.7, 0.7))}
+    assert paragraph(build(made), "at once").startswith("No.")
+
+
+def test_a_weak_epsilon_is_said_to_be_weak():
+    strong = with_made(both=replace(MADE[BOTH], robust=(0.77, 0.75, 0.74), epsilon=50.0))
+    assert "weak promise" in paragraph(strong, "at once")
+
+
+def test_a_study_that_did_not_ask_gets_no_verdict():
+    text = paragraph(build({PLAIN: MADE[PLAIN]}), "at once")
+    assert text == "This study cannot say: no configuration trains with differential privacy."
+    results = build()
+    clean = replace(results, evaluated=tuple(e for e in results.evaluated if e.kind == "clean"))
+    assert "no evaluation attacks" in paragraph(clean, "at once")
+
+
+def test_limits_come_first_and_only_where_they_apply():
+    findings = answer(build(synthetic=True))
+    assert findings[0].topic == "Synthetic images"
+    assert "one cell of the study is missing" in findings[1].text
+    topics = [finding.topic for finding in answer(build(missing=()))]
+    assert "Synthetic images" not in topics
+    assert "Unfinished" not in topics
+
+
+def test_one_seed_is_said_to_be_one():
+    results = build()
+    runs = tuple(run for run in results.runs if run.seed == 0)
+    findings = answer(replace(results, runs=runs, seeds=(0,)))
+    assert "One seed" in [finding.topic for finding in findings]
+
+
+def test_constant_predictors_are_called_out():
+    text = paragraph(build(), "constant answer")
+    assert f"“{CONSTANT}” answers “pneumonia” for everything (4 of its 4 models)" in text
+    without = {label: made for label, made in MADE.items() if label != CONSTANT}
+    assert "A constant answer" not in [finding.topic for finding in answer(build(without))]
+
+
+def test_a_model_below_the_majority_class_is_called_out():
+    made = with_made(dp=replace(MADE[DP], accuracy=MAJORITY - 0.05))
+    assert f"“{DP}, fp32” is right on" in paragraph(made, "No better than a constant")
+
+
+def test_a_different_tuning_is_admitted():
+    results = build()
+    runs = tuple(replace(r, spec={**r.spec, "rounds": 30}) if r.configuration == DP else r for r in results.runs)
+    assert "tuned differently" in paragraph(replace(results, runs=runs), "privacy cost")
+
+
+def test_nothing_measured_is_no_error_and_no_answer():
+    assert answer(build(evaluated=(), artefacts=()))[-1].text == "Nothing has been measured."
+    assert "cannot say: no evaluation attacks the models" in paragraph(build(evaluated=()), "at once")
+
+
+def test_the_terminal_gets_the_same_words():
+    results = build()
+    assert answer_text(results) == [f"{f.topic}: {f.text}" for f in answer(results)]
