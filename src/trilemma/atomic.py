@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from trilemma.errors import Failure
@@ -22,7 +23,8 @@ def atomic_write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what stopped the writing may stop this too
+            partial.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 

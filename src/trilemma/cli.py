@@ -1,6 +1,7 @@
 """The command line. Everything heavy is imported by the command that needs it, so that `--help` answers at once."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -229,8 +230,9 @@ def _roots(folder: Path | None):  # noqa: ANN202 - DataRoots is imported late
 def _results(plan: "Plan", store, study_file: Path, overrides: list[str] | None) -> "Results":  # noqa: ANN001
     from trilemma.study.assemble import assemble
 
-    changes = "".join(f" --set {override}" for override in overrides or ())
-    return assemble(plan, store, study_file.read_text(encoding="utf-8"), f"trilemma run {study_file}{changes}")
+    changes = [part for override in overrides or () for part in ("--set", override)]
+    command = shlex.join(["trilemma", "run", str(study_file), *changes])
+    return assemble(plan, store, study_file.read_text(encoding="utf-8"), command)
 
 
 def _report_path(results: "Results", folder: Path) -> Path:

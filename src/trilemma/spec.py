@@ -45,8 +45,9 @@ def _parse_fraction(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return float(Fraction(value.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+        text = value.replace(" ", "")
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"'{value}' is neither a number nor a fraction such as '4/255'") from None
 
 

@@ -72,9 +72,8 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        levels = torch.mul(x, 1 / scale).round_()
-        low = -zero_point.to(levels.dtype)
-        return torch.clamp(levels, low, low + ACTIVATION_LEVELS, out=levels).mul_(scale)
+        low = -float(zero_point)  # clamping to numbers is several times faster than to tensors
+        return torch.mul(x, 1 / scale).round_().clamp_(low, low + ACTIVATION_LEVELS).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

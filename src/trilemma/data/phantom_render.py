@@ -72,7 +72,7 @@ def draw_scanner(rng: np.random.Generator, shift: float) -> dict[str, float]:
         "gamma": float(np.exp(0.28 * far[0])),
         "contrast": float(np.clip(1.0 + 0.22 * far[1], 0.4, 1.6)),
         "offset": float(0.06 * far[2]),
-        "noise": float(0.03 * np.exp(0.6 * far[3])),
+        "noise": float(0.02 * np.exp(0.6 * far[3])),
         "blur": float(0.011 * np.exp(0.6 * far[4])),
         "vignette": float(max(0.0, 0.12 + 0.12 * far[5])),
     }
@@ -114,8 +114,8 @@ def _draw_findings(rng: np.random.Generator, label: int) -> dict[str, float]:
         "lobe_y": float(rng.choice([-0.40, -0.02, 0.30])) + a(-0.06, 0.06),
         "lobe_width": a(0.16, 0.28),
         "lobe_height": a(0.13, 0.24),
-        "opacity": a(0.11, 0.36) if label == 1 else 0.0,
-        "reticular": a(0.09, 0.25) if label == 2 else 0.0,
+        "opacity": a(0.18, 0.46) if label == 1 else 0.0,
+        "reticular": a(0.15, 0.34) if label == 2 else 0.0,
     }
 
 

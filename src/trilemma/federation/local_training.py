@@ -24,7 +24,7 @@ class LocalResult(NamedTuple):
     Attributes:
         update_P: Change of the trainable parameters.
         buffers_Q: Its floating-point buffers after training.
-        loss: Mean training loss over the records that it saw.
+        loss: Mean training loss over the records that it saw; not a number where it saw none.
         optimizer_state: Kept by the client where its optimizer outlives the round.
     """
 
@@ -78,7 +78,7 @@ def local_train(
             params_P, state = optimizer.step(params_P, gradient_P, state, rate)
             set_params(classifier, params_P)
             total_loss, seen = total_loss + float(loss_B.sum()), seen + len(loss_B)
-    return LocalResult(params_P - start_P, get_buffers(classifier), total_loss / max(1, seen), state)
+    return LocalResult(params_P - start_P, get_buffers(classifier), total_loss / seen if seen else math.nan, state)
 
 
 def batches(spec: TrainSpec, client: Client, num_records: int, round_index: int) -> Iterator[list[int]]:
@@ -113,7 +113,8 @@ def mean_gradient(
     logits_BVK = classifier(x_BVCHW.flatten(0, 1)).unflatten(0, x_BVCHW.shape[:2])
     loss_B = objective.loss(logits_BVK, y_B)
     trainable = [p for p in classifier.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss_B.mean(), trainable)
+    # A network may hold parameters that its output does not depend on.
+    gradients = torch.autograd.grad(loss_B.mean(), trainable, allow_unused=True, materialize_grads=True)
     return torch.cat([gradient.flatten() for gradient in gradients]), loss_B.detach()
 
 

@@ -51,12 +51,13 @@ def adam(
         beta2: Decay of the second moment.
         stability: Added to the root of the second moment; FedAdam calls it tau and sets it near 1e-3.
         weight_decay: Decoupled (AdamW).
-        debias: Correct the moments for their zero start; FedAdam (Reddi et al. 2021, Algorithm 2) does not.
+        debias: Correct the moments for their zero start; FedAdam (Reddi et al. 2021, Algorithm 2) does not and
+            starts the second moment at tau^2.
     """
 
     def init(params_P: Tensor) -> State:
-        zeros = torch.zeros_like(params_P)
-        return {"first": zeros, "second": zeros.clone(), "count": torch.zeros((), dtype=torch.int64)}
+        second = torch.full_like(params_P, 0.0 if debias else stability**2)
+        return {"first": torch.zeros_like(params_P), "second": second, "count": torch.zeros((), dtype=torch.int64)}
 
     def step(params_P: Tensor, gradient_P: Tensor, state: State, learning_rate: float) -> tuple[Tensor, State]:
         count = state["count"] + 1

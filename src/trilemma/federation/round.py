@@ -1,5 +1,6 @@
 """One federated round, on one screen: the order of the stages is code here and never configuration."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +56,13 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
         "round": state.round + 1,
         "clients": [client.name for client in chosen],
         "dropped": [client.name for client in chosen if client not in sound],
-        "loss": sum(results[client.name].loss for client in chosen) / len(chosen),
+        "loss": mean_loss([result.loss for result in results.values()]),
         **watch(federation.classifier, federation.val),
         **_traffic(federation, chosen, state),
     }
-    kept = {} if isinstance(spec.algorithm, FedAvg) else {name: r.optimizer_state for name, r in results.items()}
+    kept = dict(state.clients)
+    if not isinstance(spec.algorithm, FedAvg):
+        kept |= {client.name: results[client.name].optimizer_state for client in sound}
     steps = dict(state.private_steps)
     for client in chosen:
         if client.plan is not None:
@@ -72,6 +75,12 @@ def is_sound(result: LocalResult, state: TrainingState) -> bool:
     """Returns whether an update may enter the aggregation: the right shapes and finite numbers only."""
     shapes = result.update_P.shape == state.params_P.shape and result.buffers_Q.shape == state.buffers_Q.shape
     return bool(shapes and result.update_P.isfinite().all() and result.buffers_Q.isfinite().all())
+
+
+def mean_loss(losses: list[float]) -> float | None:
+    """Returns the mean of the clients' losses that are finite numbers, or None where none is."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def server_optimizer(spec: TrainSpec) -> Optimizer | None:
@@ -102,7 +111,7 @@ def watch(classifier: Classifier, records: Records, batch_size: int = 256) -> di
         logits_BK = classifier(records.x(chosen).to(classifier.device))
         correct += int((logits_BK.argmax(1) == y_B).sum())
         loss += float(torch.nn.functional.cross_entropy(logits_BK, y_B, reduction="sum"))
-    return {"val_accuracy": correct / len(records), "val_loss": _finite(loss / len(records))}
+    return {"val_accuracy": correct / len(records), "val_loss": mean_loss([loss / len(records)])}
 
 
 def _train(federation: Federation, client: Client, state: TrainingState) -> LocalResult:
@@ -122,7 +131,3 @@ def _traffic(federation: Federation, chosen: list[Client], state: TrainingState)
         return {"bytes_up": images if state.round == 0 else 0, "bytes_down": 0}
     model = FLOAT_BYTES * (state.params_P.numel() + state.buffers_Q.numel())
     return {"bytes_up": model * len(chosen), "bytes_down": model * len(chosen)}
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None

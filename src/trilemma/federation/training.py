@@ -60,19 +60,20 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
     events = {name: (plan.event(state.private_steps.get(name, 0)),) for name, plan in plans.items()}
     outside = [
         "the number of records of each hospital (published: it sets the sampling rate)",
-        "the validation curve, shown to whoever runs the study",
+        "the curves of training and validation, shown to whoever runs the study",
         "the choice of settings, if they were chosen by looking at private results",
     ]
     if isinstance(spec.algorithm, Centralised):
         outside.append("the pooling itself: one place sees every image")
+    epsilon_by_client = {name: epsilon(steps, spec.privacy.delta) for name, steps in events.items()}
     return Guarantee(
         unit=spec.privacy.unit,
         trust=spec.privacy.trust,
         delta=spec.privacy.delta,
-        epsilon_by_client={name: epsilon(steps, spec.privacy.delta) for name, steps in events.items()},
+        epsilon_by_client=epsilon_by_client,
         events_by_client=events,
         clip=spec.privacy.clip,
-        accountant=accountant_name(),
+        accountant=accountant_name(max(epsilon_by_client.values())),
         noise_source="seeded noise, for research only: whoever knows the seed can take it away",
         outside=tuple(outside),
     )

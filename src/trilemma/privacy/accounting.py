@@ -1,7 +1,8 @@
 """The one door to the accountant: from the steps that ran to an epsilon that may be claimed, and back.
 
 Claims use Opacus's PRV accountant (Gopi, Lee, Wutschitz 2021), an upper bound that includes its own numerical error.
-Its RDP accountant only narrows the search for a noise multiplier; the GDP accountant can underestimate and is not used.
+Its time and memory grow with epsilon until it returns infinity, so beyond `PRV_LIMIT` the looser RDP accountant stands
+in for it, also an upper bound, and the guarantee says so. The GDP accountant can underestimate and is not used.
 """
 
 import warnings
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 
+import numpy as np
 from opacus.accountants import PRVAccountant, RDPAccountant
 
 from trilemma.privacy.guarantee import DpEvent
@@ -17,10 +19,19 @@ from trilemma.privacy.guarantee import DpEvent
 #: The smallest and largest noise multipliers that a calibration may return.
 MIN_NOISE, MAX_NOISE = 0.2, 1000.0
 
+#: Above this epsilon by RDP, that epsilon is claimed: PRV would take gigabytes to say that nothing is protected.
+PRV_LIMIT = 100.0
 
-def accountant_name() -> str:
-    """Returns the accountant as a guarantee cites it."""
-    return f"PRV accountant of Opacus {version('opacus')}"
+#: (noise multiplier, sampling rate, steps) of each mechanism that ran.
+History = tuple[tuple[float, float, int], ...]
+
+_WHOLE_ORDERS = (2, 3, 4, 6, 8, 12, 16, 32, 64)
+
+
+def accountant_name(largest_epsilon: float) -> str:
+    """Returns the accountant behind epsilons up to `largest_epsilon`, as a guarantee cites it."""
+    name = f"PRV accountant of Opacus {version('opacus')}"
+    return name if largest_epsilon <= PRV_LIMIT else f"{name}, RDP where epsilon exceeds {PRV_LIMIT:g}"
 
 
 def epsilon(events: Sequence[DpEvent], delta: float) -> float:
@@ -40,18 +51,15 @@ def noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, 
     Raises:
         ValueError: If no multiplier between `MIN_NOISE` and `MAX_NOISE` gives the target.
     """
-    low, high = MIN_NOISE, MIN_NOISE
-    if _epsilon(((low, sampling_rate, steps),), delta) <= target_epsilon:
-        return low
-    while _rdp_epsilon(high, sampling_rate, steps, delta) > target_epsilon:
-        low, high = high, 2 * high
+    high = MIN_NOISE
+    while _epsilon(((high, sampling_rate, steps),), delta) > target_epsilon:
+        high *= 2
         if high > MAX_NOISE:
             raise ValueError(
                 f"epsilon {target_epsilon:g} at delta {delta:g} is out of reach in {steps} steps "
                 f"at sampling rate {sampling_rate:g}"
             )
-    # RDP is looser than PRV, so `high` suffices and the answer may lie a little below `low`.
-    low *= 0.5
+    low = max(MIN_NOISE, high / 2)
     while high / low > 1.001:
         middle = (low * high) ** 0.5
         if _epsilon(((middle, sampling_rate, steps),), delta) <= target_epsilon:
@@ -62,23 +70,32 @@ def noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, 
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+def _epsilon(history: History, delta: float) -> float:
+    # A few whole orders take no time and nearly always show that PRV is affordable.
+    for orders in (_WHOLE_ORDERS, RDPAccountant.DEFAULT_ALPHAS):
+        by_rdp = _rdp_epsilon(history, delta, orders)
+        if by_rdp <= PRV_LIMIT:
+            return _prv_epsilon(history, delta)
+    return by_rdp
+
+
+def _prv_epsilon(history: History, delta: float) -> float:
     accountant = PRVAccountant()
     accountant.history = list(history)
-    with _without_order_warning():
+    with _without_warnings():
         return float(accountant.get_epsilon(delta=delta))
 
 
-def _rdp_epsilon(noise: float, sampling_rate: float, steps: int, delta: float) -> float:
+def _rdp_epsilon(history: History, delta: float, orders: Sequence[float]) -> float:
     accountant = RDPAccountant()
-    accountant.history = [(noise, sampling_rate, steps)]
-    with _without_order_warning():
-        return float(accountant.get_epsilon(delta=delta))
+    accountant.history = list(history)
+    with _without_warnings():
+        return float(accountant.get_epsilon(delta=delta, alphas=list(orders)))
 
 
 @contextmanager
-def _without_order_warning() -> Iterator[None]:
-    """Silences the RDP accountant's advice on its range of orders: it only brackets a search or a grid here."""
-    with warnings.catch_warnings():
+def _without_warnings() -> Iterator[None]:
+    """Silences RDP's advice on its range of orders, and logarithms of zero, which PRV meets at sampling rate 1."""
+    with warnings.catch_warnings(), np.errstate(divide="ignore", over="ignore"):
         warnings.filterwarnings("ignore", message="Optimal order")
         yield

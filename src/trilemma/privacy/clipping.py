@@ -1,7 +1,8 @@
 """Per-record clipped gradient sums: the clear reference, by `torch.func`.
 
 Every faster engine must agree with it. Sensitivity: adding or removing one record changes the sum by a vector of
-norm at most `clip`, because each record's whole gradient, over all its views and all layers, is clipped as one.
+norm at most `clip`, because each record's whole gradient, over all its views and all layers, is clipped as one. A
+gradient that is no finite number has no norm to clip and counts as zero: it must not show in the sum either.
 """
 
 from collections.abc import Callable
@@ -66,8 +67,11 @@ def clipped_gradient_sum(
         gradients, loss_B = per_record(params, x, y)
         flat = [gradients[name].flatten(1) for name in params]
         norm_B = torch.stack([part.square().sum(1) for part in flat]).sum(0).sqrt()
+        sound_B = norm_B.isfinite()
+        if not sound_B.all():
+            flat = [part.masked_fill(~sound_B[:, None], 0.0) for part in flat]
         # A zero gradient stays zero: the tiny floor only avoids 0 / 0.
-        weight_B = (clip / norm_B.clamp_min(1e-12)).clamp(max=1.0)
+        weight_B = torch.where(sound_B, (clip / norm_B.clamp_min(1e-12)).clamp(max=1.0), 0.0)
         total_P += torch.cat([weight_B @ part for part in flat])
         norms.append(norm_B)
         losses.append(loss_B)

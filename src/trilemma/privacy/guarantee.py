@@ -1,5 +1,6 @@
 """What may be claimed about the privacy of a model, or why nothing may."""
 
+from decimal import ROUND_CEILING, Decimal
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -65,16 +66,21 @@ class Guarantee(BaseModel):
 
     def in_words(self) -> str:
         """Returns the claim in plain words, for a report and a data-protection officer."""
-        if self.void:
-            return "No guarantee: " + "; ".join(self.void) + "."
-        clients = ", ".join(f"{name} {value:.2f}" for name, value in self.epsilon_by_client.items())
+        if self.epsilon is None:
+            return "No guarantee: " + ("; ".join(self.void) or "nothing was accounted for") + "."
+        clients = ", ".join(f"{name} {_rounded_up(value)}" for name, value in self.epsilon_by_client.items())
         return (
             f"Adding or removing any one image of a hospital changes the probability of any outcome by a factor of at "
-            f"most exp({self.epsilon:.2f}), except with probability {self.delta:g} (epsilon per hospital: {clients}). "
-            f"Each hospital adds its own noise, so neither the server nor another hospital needs to be trusted with "
-            f"its images. Clipping norm {self.clip:g}; {self.accountant}; {self.noise_source}. "
-            f"Not covered: {'; '.join(self.outside)}."
+            f"most exp({_rounded_up(self.epsilon)}), except with probability {self.delta:g} "
+            f"(epsilon per hospital: {clients}). Each hospital adds its own noise, so neither the server nor another "
+            f"hospital needs to be trusted with its images. Clipping norm {self.clip:g}; "
+            f"{self.accountant}; {self.noise_source}. Not covered: {'; '.join(self.outside)}."
         )
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Returns two decimals that never claim less than the bound."""
+    return str(Decimal(str(epsilon)).quantize(Decimal("0.01"), ROUND_CEILING))
 
 
 NO_PRIVACY = Guarantee(void=("training without differential privacy",))

@@ -42,6 +42,8 @@ class PrivacyPlan:
 
     def noised_mean(self, sum_P: Tensor, generator: torch.Generator) -> Tensor:
         """Returns (sum + noise) / denominator: all that the optimizer may see of the records."""
+        if not self.noise_multiplier:  # 0 times an infinite clip is not a number
+            return sum_P / self.denominator
         noise_P = torch.randn(sum_P.shape, generator=generator).to(sum_P.device)
         return (sum_P + noise_P * (self.noise_multiplier * self.clip)) / self.denominator
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trilemma.data.records import Dataset, Partition
 from trilemma.data.roots import DataRoots
@@ -58,7 +59,7 @@ def _first_of(trainings: Iterable[Training], name) -> list[Training]:  # noqa: A
 def _print_dataset(dataset: Dataset, console: Console) -> None:
     synthetic = " (synthetic images)" if dataset.synthetic else ""
     shape = "grey" if dataset.channels == 1 else "colour"
-    console.print(f"[bold]{dataset.name}[/bold]{synthetic}: {dataset.image_size} pixels, {shape}", highlight=False)
+    console.print(Text.assemble((dataset.name, "bold"), f"{synthetic}: {dataset.image_size} pixels, {shape}"))
     console.print(dataset.source, highlight=False, markup=False)
     counts = f"{len(dataset.train)} train, {len(dataset.val)} val, {len(dataset.test)} test"
     console.print(f"{counts}; classes: {', '.join(dataset.classes)}", highlight=False, markup=False)
@@ -70,10 +71,12 @@ def _client_table(training: Training, dataset: Dataset, partition: Partition) ->
     table = Table(title=f"Training records by hospital: {training.spec.partition.label}, seed {training.spec.seed}")
     table.add_column("hospital")
     for name in ("records", "patients", *dataset.classes):
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for row in client_rows(dataset, partition):
         patients = "unknown" if row["patients"] is None else str(row["patients"])
-        table.add_row(row["client"], str(row["records"]), patients, *(str(row["classes"][c]) for c in dataset.classes))
+        table.add_row(
+            Text(row["client"]), str(row["records"]), patients, *(str(row["classes"][c]) for c in dataset.classes)
+        )
     return table
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from trilemma.attacks.budget import Budget
-from trilemma.compression.session import Session
 from trilemma.data.images import png_bytes
 from trilemma.data.records import Dataset, Records
 from trilemma.evaluation.clean import clean_measurements
@@ -17,6 +16,7 @@ from trilemma.evaluation.measurement import Measurement, Outcome
 from trilemma.evaluation.robustness import robust_measurements
 from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
 from trilemma.results import Example
+from trilemma.study.files import open_model
 from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell
 from trilemma.study.provenance import provenance
@@ -94,14 +94,14 @@ def cost_job(place: Workplace, cell: Cell, spec: Cost) -> EvaluationRow:
     """Measures the file's size and the session's latency; nothing else may run beside it."""
     place.enter()
     started = time.perf_counter()
-    model = place.files.model(cell.key).read_bytes()
-    measurements = cost_measurements(Session(model, threads=1), len(model), spec.repeats)
+    path = place.files.model(cell.key)
+    measurements = cost_measurements(open_model(path, threads=1), path.stat().st_size, spec.repeats)
     return _row(place, cell, spec, (), started, measurements, [])
 
 
 def open_target(place: Workplace, cell: Cell) -> Target:
     """Returns an artefact ready to be attacked: the session on its file, and its twin."""
-    session = Session(place.files.model(cell.key).read_bytes(), threads=place.threads)
+    session = open_model(place.files.model(cell.key), place.threads)
     return Target(cell.key, session.predict, place.twin(cell))
 
 

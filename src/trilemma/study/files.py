@@ -1,6 +1,5 @@
 """The files beside the database: weights and models, each whole or not there, and nothing in them is ever unpickled."""
 
-import errno
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -8,6 +7,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trilemma.atomic import atomic_write
+from trilemma.compression.session import Session
 from trilemma.errors import Failure
 
 
@@ -69,6 +69,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        missing = isinstance(error, OSError) and error.errno in (errno.ENOENT, None) and not path.exists()
-        problem = "is missing" if missing else f"cannot be read ({error})"
-        raise Failure(str(path), problem, "Delete the store's folder, or put the file back from a copy") from error
+        raise _lost(path, str(error)) from error
+
+
+def open_model(path: Path, threads: int) -> Session:
+    """Returns a session on an artefact's ONNX file.
+
+    Raises:
+        Failure: If the file is missing or damaged.
+    """
+    try:
+        return Session(path.read_bytes(), threads)
+    except OSError as error:
+        raise _lost(path, str(error)) from error
+    except Failure as error:
+        raise _lost(path, error.problem) from error
+
+
+def _lost(path: Path, why: str) -> Failure:
+    problem = f"cannot be read ({why})" if path.exists() else "is missing"
+    return Failure(str(path), problem, "Put the file back from a copy, or name another folder with --store")

@@ -4,6 +4,7 @@ import json
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trilemma.errors import UserError
 from trilemma.study.rows import ArtefactRow, RunRow
@@ -16,10 +17,11 @@ def list_store(store: Store, console: Console) -> None:
     for name in ("name", "question", "last run"):
         studies.add_column(name)
     for row in store.studies():
-        studies.add_row(*row)
+        studies.add_row(*map(Text, row))
     runs = Table(title="Trainings")
     for name in ("key", "data", "algorithm", "privacy", "defence", "threat", "seed", "minutes"):
-        runs.add_column(name, justify="right" if name in ("seed", "minutes") else "left")
+        # A key that is cut short can neither be copied nor searched for.
+        runs.add_column(name, justify="right" if name in ("seed", "minutes") else "left", no_wrap=name == "key")
     for key in sorted(store.keys("runs")):
         run = store.run(key)
         assert run is not None  # the key was just read
@@ -43,7 +45,7 @@ def show_key(store: Store, wanted: str, console: Console) -> None:
         raise UserError(f"key '{wanted}'", f"is the beginning of several: {keys}", "Give more of it")
     table, key = found[0]
     if table == "runs" and (run := store.run(key)):
-        _show_run(run, console)
+        _show_run(store, run, console)
     elif artefact := store.artefact(key):
         _show_artefact(store, artefact, console)
 
@@ -52,7 +54,7 @@ def _matches(key: str, wanted: str) -> bool:
     return bool(wanted) and (key.startswith(wanted) or key.partition(":")[2].startswith(wanted))
 
 
-def _show_run(run: RunRow, console: Console) -> None:
+def _show_run(store: Store, run: RunRow, console: Console) -> None:
     console.print(f"[bold]training {run.key}[/bold]", highlight=False)
     console.print_json(json.dumps(run.spec))
     table = Table(title="History")
@@ -63,6 +65,9 @@ def _show_run(run: RunRow, console: Console) -> None:
         table.add_row(*(_cell(row.get(name)) for name in columns))
     console.print(table)
     console.print(run.guarantee.in_words(), highlight=False, markup=False)
+    for artefact in store.artefacts_of(run.key):
+        label = artefact.compression["label"]
+        console.print(f"artefact {artefact.key}: {label}, {artefact.file_bytes} bytes", highlight=False, soft_wrap=True)
     peak = run.peak_memory_bytes / 2**20
     console.print(f"{run.num_parameters} parameters, {run.seconds:.1f} s, at most {peak:.0f} MiB", highlight=False)
     console.print_json(json.dumps(run.provenance))

@@ -32,6 +32,8 @@ def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
         raise UserError(str(path), f"could not be read ({error})", "Give the path of a study file in UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(str(path), f"is not valid TOML: {error}", "Mend the line it names") from None
+    except RecursionError:
+        raise UserError(str(path), "nests tables or lists too deeply", "Write it flatter") from None
     for override in overrides:
         _apply(raw, override)
     return validate(Study, raw, str(path))
@@ -50,7 +52,7 @@ def validate(model: type[BaseModel], raw: dict[str, Any], where: str, prefix: st
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    if not equals or not name.strip():
+    if not equals or not all(part.strip() for part in name.split(".")):
         raise UserError(
             f"--set {override}", "is not of the form field.field=value", "Write, for example, --set base.rounds=2"
         )
@@ -75,6 +77,8 @@ def _walk(error: ErrorDetails, raw: Any) -> list[tuple[Any, Any]]:
     for part in error["loc"]:
         if isinstance(value, dict) and part not in value and part == value.get("kind"):
             continue
+        if isinstance(part, str) and not isinstance(value, dict):
+            continue  # pydantic's name for a member of a union of simple types
         value = _at(value, part)
         steps.append((part, value))
     return steps
@@ -109,6 +113,8 @@ def _explain(error: ErrorDetails, model: type[BaseModel], raw: Any) -> tuple[str
         return "says no kind", 'Add kind = "..." to the table'
     if kind == "union_tag_invalid":
         return f"kind '{context.get('tag')}' is unknown", f"Valid kinds: {context.get('expected_tags')}"
+    if kind == "model_attributes_type":
+        return f"must be a table, not {error['input']!r}", 'Write it as { kind = "..." } with its fields'
     if kind == "value_error":
         return str(context.get("error", error["msg"])).rstrip("."), "Change the study file"
     return f"{error['msg'].lower()}, not {error['input']!r}", "Change the value"

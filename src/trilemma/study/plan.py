@@ -1,6 +1,7 @@
 """From a study to its cells: which trainings, artefacts and evaluations there are, each with its key."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,7 @@ def make_plan(study: Study, where: str) -> Plan:
         for seed in study.seeds:
             for training in _expand(variant, seed, where):
                 trainings.setdefault(training.key, training)
+    _refuse_equal_names(trainings.values(), where)
     cells = tuple(
         Cell(training, compression, content_key(training.key, compression.model_dump(mode="json")))
         for training in trainings.values()
@@ -125,7 +127,7 @@ def _choice(axis: str, position: int, value: Any, where: str) -> _Variant:
     place = f"grid.{axis}[{position}]"
     if axis in TrainSpec.model_fields:
         return _Variant({axis: value}, {axis: place}, {axis: None})
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"].strip():
         raise UserError(
             f"{where}: {place}",
             f"'{axis}' is no field of a training, so its values must be tables with a name and the fields they set",
@@ -147,7 +149,8 @@ def _combine(base: _Variant, choices: list[_Variant] | tuple[_Variant, ...]) -> 
 def _expand(variant: _Variant, seed: int, where: str) -> list[Training]:
     """Returns the trainings of a variant for one seed: one, or for `local_only` one for each hospital."""
     if "seed" in variant.fields:
-        raise UserError(f"{where}: base.seed", "the seed is the study's", "Write seeds = [0, 1, 2] at the top instead")
+        place = _in_file("seed", variant.origin)
+        raise UserError(f"{where}: {place}", "the seed is the study's", "Write seeds = [0, 1, 2] at the top instead")
     spec = _validated({**variant.fields, "seed": seed}, variant.origin, where)
     varied = {axis: name or _label(spec, axis) for axis, name in variant.names.items()}
     shown = [varied[axis] for axis, name in variant.names.items() if name or not _is_none(spec, axis)]
@@ -160,20 +163,35 @@ def _expand(variant: _Variant, seed: int, where: str) -> list[Training]:
     return [Training(one, configuration, varied, one.key) for one in specs]
 
 
+def _refuse_equal_names(trainings: Iterable[Training], where: str) -> None:
+    """Refuses two different configurations of one name: a report would take them for two seeds of the same."""
+    first: dict[str, TrainSpec] = {}
+    for training in trainings:
+        spec = training.spec.model_copy(update={"seed": 0})
+        if isinstance(spec.algorithm, LocalOnly):
+            spec = spec.model_copy(update={"algorithm": LocalOnly()})
+        if first.setdefault(training.configuration, spec) != spec:
+            raise UserError(
+                f"{where}: grid and baselines",
+                f"two different configurations are both called '{training.configuration}'",
+                'Name them apart: write them as tables of [[grid.NAME]] with name = "..." and the fields they set',
+            )
+
+
 def _validated(fields: dict[str, Any], origin: dict[str, str], where: str) -> TrainSpec:
     try:
         return validate(TrainSpec, fields, "")
     except UserError as error:
         place = error.where.removeprefix(": ")
-        field = place.split(".")[0].split("[")[0]
-        if not place:
-            place = "base and grid" if origin else "base"
-        elif field in origin:
-            axis = origin[field]
-            place = axis + place.removeprefix(field) if axis.startswith(f"grid.{field}[") else f"{axis}.{place}"
-        else:
-            place = f"base.{place}"
+        place = _in_file(place, origin) if place else "base and grid" if origin else "base"
         raise UserError(f"{where}: {place}", error.problem, error.remedy) from None
+
+
+def _in_file(place: str, origin: dict[str, str]) -> str:
+    """Returns where in the study file a place of a training was written."""
+    field = place.split(".")[0].split("[")[0]
+    axis = origin.get(field, "base")
+    return axis + place.removeprefix(field) if axis.startswith(f"grid.{field}[") else f"{axis}.{place}"
 
 
 def _label(spec: TrainSpec, field: str) -> str:

@@ -8,6 +8,7 @@ from threading import Event, Thread
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from trilemma.errors import TrilemmaError
 from trilemma.study.files import StoreFiles
@@ -69,11 +70,12 @@ class Progress:
         self._finished_rounds += _size(job)
         if not self._console.is_terminal and not self._quiet:
             minutes = (time.monotonic() - self._started) / 60
-            self._console.print(f"  {self._ended}/{self._total} {job.title} ({minutes:.1f} min)", highlight=False)
+            line = f"  {self._ended}/{self._total} {job.title} ({minutes:.1f} min)"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def failed(self, error: TrilemmaError) -> None:
         """Tells of a job that ended badly; the others go on."""
-        self._console.print(f"[red]failed[/red] {error}", highlight=False)
+        self._console.print(Text.assemble(("failed", "red"), f" {error}"), soft_wrap=True)
 
     def _watch(self, bars: Bars, task: "object", jobs: list[Job], files: StoreFiles, stop: Event) -> None:
         while not stop.wait(LOOK_SECONDS):

@@ -42,50 +42,65 @@ class Store:
         self._lock = _take_lock(folder) if write else None
         if not write and not self._path.is_file():
             raise UserError(str(folder), "there is no store here", "Run a study first, or name its folder with --store")
-        self._db = self._open(write)
+        try:
+            self._db = self._open(write)
+        except BaseException:
+            self._release()
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._db.close()
+        self._release()
+
+    def _release(self) -> None:
         if self._lock:
             self._lock.close()
 
     def _open(self, write: bool) -> sqlite3.Connection:
+        address = self._path.resolve().as_uri() + ("" if write else "?mode=ro")
         try:
-            address = self._path.resolve().as_uri() + ("" if write else "?mode=ro")
-            db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
-            db.execute("PRAGMA foreign_keys = ON")
-            db.execute("PRAGMA synchronous = FULL")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
+            self._db = sqlite3.connect(address, uri=True, isolation_level=None, timeout=30)
+        except sqlite3.Error as error:
+            raise self._failure(error) from error
+        try:
+            self._migrate(write)
+        except BaseException:
+            self._db.close()
+            raise
+        return self._db
+
+    def _migrate(self, write: bool) -> None:
+        try:
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.execute("PRAGMA synchronous = FULL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.Error as error:
             raise self._failure(error) from error
         if version > len(MIGRATIONS):
-            db.close()
             raise Failure(
                 str(self._path),
                 f"was written by a newer version (schema {version}; this one knows {len(MIGRATIONS)})",
                 "Update trilemma, or name another folder with --store; nothing was changed",
             )
-        self._db = db
-        if write:
-            for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
-                with self._transaction():
-                    for statement in script.split(";"):
-                        db.execute(statement)
-                    db.execute(f"PRAGMA user_version = {number}")
-        elif version < len(MIGRATIONS):
-            db.close()
+        if not write and version < len(MIGRATIONS):
             raise UserError(
                 str(self._path), "was written by an older version", "Run a study on it once to bring it up to date"
             )
-        return db
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            with self._transaction():
+                for statement in script.split(";"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {number}")
 
     def _failure(self, error: sqlite3.Error) -> Failure:
         text = str(error)
         if "full" in text:
             remedy = "Free some space and run the same command again; what was stored stays"
+        elif "readonly" in text:
+            remedy = "Run the study again: it was killed while writing, and a writer puts that right"
         elif "locked" in text:
             remedy = "Wait for the other process to end and run the same command again"
         else:
@@ -155,6 +170,11 @@ class Store:
         claimed = Guarantee.model_validate_json(guarantee)
         return ArtefactRow(key, run_key, json.loads(compression), file_bytes, sparsity, claimed, seconds)
 
+    def artefacts_of(self, run_key: str) -> list[ArtefactRow]:
+        """Returns what a training's model was turned into."""
+        keys = self._rows("SELECT key FROM artefacts WHERE run_key = ? ORDER BY key", run_key)
+        return [row for (key,) in keys if (row := self.artefact(key))]
+
     def evaluation(self, key: str) -> EvaluationRow | None:
         """Returns an evaluation with its measurements and examples, without its outcomes."""
         rows = self._rows("SELECT key, artefact_key, spec, provenance, seconds FROM evaluations WHERE key = ?", key)
@@ -185,7 +205,7 @@ class Store:
             evaluation_key,
         )
         return tuple(
-            Outcome(np.frombuffer(logits, dtype="<f4").reshape(-1, classes), radius, source)
+            Outcome(np.frombuffer(bytearray(logits), dtype="<f4").reshape(-1, classes), radius, source)
             for logits, classes, radius, source in rows
         )
 

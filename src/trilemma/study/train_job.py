@@ -63,7 +63,10 @@ def _resume(place: Workplace, training: Training, federation: Federation, finger
     path = place.files.checkpoint(training.key)
     if not path.exists():
         return None
-    tensors, texts = load_tensors(path)
+    try:
+        tensors, texts = load_tensors(path)
+    except Failure as error:
+        raise Failure(str(path), error.problem, "Delete this file to start this training anew") from error
     if texts.get("fingerprint") != fingerprint:
         raise Failure(
             str(path),

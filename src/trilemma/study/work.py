@@ -47,7 +47,7 @@ def run_jobs(jobs: list[Job], place: Workplace, num_processes: int) -> Iterator[
     Raises:
         Failure: If a worker process was killed; what came before has been yielded.
     """
-    if num_processes == 1 or len(jobs) == 1:
+    if num_processes == 1 or len(jobs) <= 1:
         for job in jobs:
             yield job, _attempt(job, place)
         return

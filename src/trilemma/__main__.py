@@ -1,0 +1,5 @@
+"""Lets `python -m trilemma` stand for the `trilemma` command."""
+
+from trilemma.cli import main
+
+main()
