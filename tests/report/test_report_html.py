@@ -210,11 +210,11 @@ def test_writing_is_whole_or_not_at_all(tmp_path, text):
     assert list(path.parent.iterdir()) == [path]
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(Failure, match="cannot be written"):
+    with pytest.raises(Failure, match="could not be written"):
         write_report(build({PLAIN: MADE[PLAIN]}), blocked / "report.html")
     path.unlink()
     path.mkdir()
-    with pytest.raises(Failure, match="cannot be written"):
+    with pytest.raises(Failure, match="could not be written"):
         write_report(build({PLAIN: MADE[PLAIN]}), path)
     assert [file.name for file in path.parent.iterdir()] == ["report.html"], "no half-written file stays"
 

@@ -217,13 +217,12 @@ def test_dp_gives_a_guarantee_and_private_calibration_voids_it(roots, tmp_path):
 
 
 def test_local_only_trains_every_hospital(roots, tmp_path):
-    plan = plan_of(write_study(tmp_path, SMALLEST), 'base.algorithm={kind="local_only"}')
+    plan = plan_of(write_study(tmp_path, SMALLEST), 'baselines=[{algorithm={kind="local_only"}}]')
     run_plan(plan, tmp_path / "store", roots)
     with Store(tmp_path / "store") as store:
         results = assemble(plan, store, "", "")
-    assert [run.configuration for run in results.runs] == ["local only", "local only"]
-    assert results.runs[0].history[0]["clients"] == ["hospital 1"]
-    assert results.runs[1].history[0]["clients"] == ["hospital 2"]
+    assert [run.configuration for run in results.runs] == ["plain", "local only", "local only"]
+    assert [run.history[0]["clients"] for run in results.runs[1:]] == [["hospital 1"], ["hospital 2"]]
 
 
 def test_the_provenance_of_a_run(finished, tiny_plan):

@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
-from helpers.tiny_study import SMALLEST, rows_of, write_study
+from helpers.tiny_study import SMALLEST, plan_of, rows_of, run_plan, write_study
 from trilemma.study.files import StoreFiles
 from trilemma.study.store import Store
 
@@ -58,7 +57,7 @@ def kill_after(process: subprocess.Popen, wanted: str, delay: float) -> bool:
     return running
 
 
-def kill_at_round(process: subprocess.Popen, progress: Path, round_number: int, group: bool = True) -> None:
+def kill_at_round(process: subprocess.Popen, progress: Path, round_number: int) -> None:
     """Kills a run as soon as a training has ended a round."""
     give_up = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < give_up and process.poll() is None:
@@ -66,11 +65,7 @@ def kill_at_round(process: subprocess.Popen, progress: Path, round_number: int, 
             break
         time.sleep(0.005)
     assert process.poll() is None, process.communicate()[0]
-    if group:
-        kill_group(process)
-    else:
-        process.kill()
-        process.wait()
+    kill_group(process)
 
 
 #: The stage in which each kill falls, and the number of processes; each run goes on from where the last one was killed.
@@ -95,17 +90,11 @@ def test_killed_five_times_it_ends_with_the_rows_of_an_undisturbed_run(finished,
 LONG = SMALLEST.replace("base.rounds = 1", "base.rounds = 40")
 
 
-@pytest.fixture(scope="module")
-def long_undisturbed(tmp_path_factory, roots) -> Path:
-    folder = tmp_path_factory.mktemp("long")
-    finish(start(write_study(folder, LONG), folder / "store", roots, 1))
-    return folder / "store"
-
-
-def test_it_resumes_at_the_last_finished_round(long_undisturbed, roots, tmp_path):
+def test_it_resumes_at_the_last_finished_round(roots, tmp_path):
     """Killed in the midst of a training, and at once again: no round is trained twice."""
-    study, store = write_study(tmp_path, LONG), tmp_path / "store"
-    key = rows_of(long_undisturbed)["runs"][0]["key"]
+    study, store, undisturbed = write_study(tmp_path, LONG), tmp_path / "store", tmp_path / "undisturbed"
+    run_plan(plan_of(study), undisturbed, roots)
+    key = rows_of(undisturbed)["runs"][0]["key"]
     files = StoreFiles(store)
     kill_at_round(start(study, store, roots, 1), files.progress(key), 5)
     reached = int(files.progress(key).read_text())
@@ -116,8 +105,8 @@ def test_it_resumes_at_the_last_finished_round(long_undisturbed, roots, tmp_path
     assert int(files.progress(key).read_text()) > reached
     assert files.checkpoint(key).read_bytes() != early
     finish(start(study, store, roots, 1))
-    assert rows_of(store)["runs"] == rows_of(long_undisturbed)["runs"]
-    assert rows_of(store)["measurements"] == rows_of(long_undisturbed)["measurements"]
+    assert rows_of(store)["runs"] == rows_of(undisturbed)["runs"]
+    assert rows_of(store)["measurements"] == rows_of(undisturbed)["measurements"]
     with Store(store) as opened:
         run = opened.run(key)
     # Rounds that were trained before the kills bring their seconds along: they are in the sum, though nobody waited.
@@ -126,22 +115,21 @@ def test_it_resumes_at_the_last_finished_round(long_undisturbed, roots, tmp_path
 
 
 def test_killed_without_its_workers_it_can_be_run_again_at_once(roots, tmp_path):
-    """The parent dies (for want of memory, say) and its workers live on for a round: they disturb nothing."""
-    two = "seeds = [0, 1]" + LONG
-    study, store = write_study(tmp_path, two), tmp_path / "store"
+    """Only the parent dies (for want of memory, say): its workers follow, and disturb nothing until they do."""
+    study, store = write_study(tmp_path, "seeds = [0, 1]" + LONG), tmp_path / "store"
+    run_plan(plan_of(study), tmp_path / "undisturbed", roots)
     process = start(study, store, roots, 2)
-    files = StoreFiles(store)
     give_up = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < give_up and len(list((store / "checkpoints").glob("*.rounds"))) < 2:
         time.sleep(0.01)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     process.kill()
-    process.communicate(timeout=PATIENCE_SECONDS)
+    process.wait()
     finish(start(study, store, roots, 1))
-    finish(start(write_study(tmp_path, two, "again.toml"), tmp_path / "undisturbed", roots, 1))
     after, undisturbed = rows_of(store), rows_of(tmp_path / "undisturbed")
     assert all(after[table] == undisturbed[table] for table in set(after) - {"studies"})
-    assert not (files.folder / "logs").exists()  # a worker that gives up is no failure
-    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not (store / "logs").exists()  # a worker that gives up is no failure
+    _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive, "a worker outlives its study"
+    process.communicate()

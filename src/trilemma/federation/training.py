@@ -8,18 +8,20 @@ The rounds are the caller's loop, so that whoever runs them can store every stat
         state = run_round(federation, state)
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from trilemma.data.records import Dataset
 from trilemma.errors import UserError
-from trilemma.federation.clients import make_clients
+from trilemma.federation.clients import Client, make_clients
 from trilemma.federation.local_training import load_model
 from trilemma.federation.round import Federation, server_optimizer
 from trilemma.federation.specs import Centralised, TrainSpec
 from trilemma.federation.state import TrainingState
 from trilemma.models.classifier import Classifier
 from trilemma.models.norms import batch_norm_layers
-from trilemma.models.vector import get_buffers, get_params
+from trilemma.models.vector import get_buffers, get_params, set_buffers
 from trilemma.privacy.accounting import accountant_name, epsilon
 from trilemma.privacy.guarantee import NO_PRIVACY, Guarantee
 from trilemma.privacy.specs import DpSgd
@@ -35,6 +37,7 @@ def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device) -> Federati
     refuse_batch_norm_under_dp(spec, classifier)
     partition = spec.partition.make()(dataset, spec.seed)
     clients = make_clients(spec, dataset, partition)
+    refuse_lone_records(spec, clients, classifier)
     return Federation(spec, clients, dataset.val, classifier.to(device))
 
 
@@ -93,3 +96,34 @@ def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:
             'Use norm = "group" (resnet9, resnet18), or for a MONAI network arguments = '
             '{ norm = ["group", { num_groups = 8 }] } or norm = "instance"',
         )
+
+
+def refuse_lone_records(spec: TrainSpec, clients: Sequence[Client], classifier: Classifier) -> None:
+    """Refuses a batch of one record where a layer needs the variance of several.
+
+    Raises:
+        UserError: Naming the client.
+    """
+    size = spec.local.batch_size
+    lone = [
+        client
+        for client in clients
+        if client.plan is None
+        and (size == 1 or client.num_records % size == 1)
+        and client.steps * size >= client.num_records  # the last batch of a pass is reached
+    ]
+    layers = batch_norm_layers(classifier)
+    if not lone or not layers:
+        return
+    buffers_Q = get_buffers(classifier)
+    try:
+        classifier.train()(lone[0].shards[0].records.x([0]))
+    except ValueError:
+        raise UserError(
+            "local.batch_size",
+            f"{size} leaves {lone[0].name}, with {lone[0].num_records} records, a batch of a single one, "
+            f"of which a layer such as '{layers[0]}' has no variance",
+            'Choose another size, or norm = "group"',
+        ) from None
+    finally:
+        set_buffers(classifier, buffers_Q)

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trilemma.atomic import atomic_write
 from trilemma.evaluation.measurement import Measurement
 from trilemma.report.configurations import void_reasons
-from trilemma.report.files import write_atomically
 from trilemma.report.markup import clean
 from trilemma.report.summary import summary_rows, written_rows
 from trilemma.results import Artefact, Results, Run
@@ -42,7 +42,7 @@ def export_csv(results: Results, path: Path) -> None:
     writer.writerow(COLUMNS)
     for row in measurement_rows(results):
         writer.writerow([_cell(row[name]) for name in COLUMNS])
-    write_atomically(Path(path), text.getvalue())
+    atomic_write(Path(path), text.getvalue().encode())
 
 
 def export_json(results: Results, path: Path) -> None:
@@ -69,7 +69,7 @@ def export_json(results: Results, path: Path) -> None:
         "missing": list(results.missing),
     }  # fmt: skip
     text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    write_atomically(Path(path), clean(text) + "\n")
+    atomic_write(Path(path), (clean(text) + "\n").encode())
 
 
 def export_latex(results: Results, path: Path) -> None:
@@ -86,7 +86,7 @@ def export_latex(results: Results, path: Path) -> None:
         "\\bottomrule",
         "\\end{tabular}",
     ]
-    write_atomically(Path(path), "\n".join(lines) + "\n")
+    atomic_write(Path(path), ("\n".join(lines) + "\n").encode())
 
 
 def export_markdown(results: Results, path: Path) -> None:
@@ -97,7 +97,7 @@ def export_markdown(results: Results, path: Path) -> None:
         "|" + "|".join([" --- ", " --- ", *[" ---: "] * (len(titles) - 3), " :---: "]) + "|",
         *("| " + " | ".join(map(markdown, row)) + " |" for row in rows),
     ]
-    write_atomically(Path(path), "\n".join(lines) + "\n")
+    atomic_write(Path(path), ("\n".join(lines) + "\n").encode())
 
 
 def measurement_rows(results: Results) -> Iterator[dict[str, Any]]:

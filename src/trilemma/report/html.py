@@ -9,10 +9,10 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from trilemma.atomic import atomic_write
 from trilemma.report import sections
 from trilemma.report.configurations import ATTACK_STRENGTH, Row, configuration_rows, headline
 from trilemma.report.figures import Figure, library, robustness_figure, size_figure, training_figure
-from trilemma.report.files import write_atomically
 from trilemma.report.markup import Content, Html, tag
 from trilemma.report.stylesheet import STYLE
 from trilemma.results import Results
@@ -38,7 +38,7 @@ def write_report(results: Results, path: Path) -> None:
     Raises:
         Failure: If the file cannot be written.
     """
-    write_atomically(Path(path), report_html(results))
+    atomic_write(Path(path), report_html(results).encode())
 
 
 def report_html(results: Results) -> str:

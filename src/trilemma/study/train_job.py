@@ -15,10 +15,6 @@ from trilemma.study.rows import RunRow
 from trilemma.study.workplace import Workplace
 
 
-class Abandoned(Exception):
-    """The study's process is gone: whoever runs it again continues from the checkpoint."""
-
-
 def train_job(place: Workplace, training: Training) -> RunRow:
     """Trains what is left to train, round by round with a checkpoint after each, and stores the weights."""
     place.enter()
@@ -28,8 +24,6 @@ def train_job(place: Workplace, training: Training) -> RunRow:
     started = time.perf_counter()
     spent = sum(row["seconds"] for row in state.history)
     while state.round < training.spec.rounds:
-        if place.abandoned():
-            raise Abandoned
         state = run_round(federation, state)
         _checkpoint(place, training, state, dataset.fingerprint)
     tensors = {"params": state.params_P, "buffers": state.buffers_Q}

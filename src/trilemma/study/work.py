@@ -1,8 +1,12 @@
 """Runs jobs, in this process or in several, and hands each result over as it comes."""
 
+import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Thread
 from typing import Any
 
 from joblib import Parallel, delayed
@@ -11,6 +15,9 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from trilemma.atomic import atomic_write
 from trilemma.errors import Failure, TrilemmaError
 from trilemma.study.workplace import Workplace
+
+#: Seconds between two looks at whether the study's process is still there.
+LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,20 @@ def run_jobs(jobs: list[Job], place: Workplace, num_processes: int) -> Iterator[
 
 
 def _numbered(number: int, job: Job, place: Workplace) -> tuple[int, Any]:
+    _end_with_owner(place)
     return number, _attempt(job, place)
+
+
+@lru_cache(maxsize=1)
+def _end_with_owner(place: Workplace) -> None:
+    """Lets this worker process end soon after the study's: nobody would take its results, and it holds memory."""
+    Thread(target=_wait_for_end, args=(place,), daemon=True).start()
+
+
+def _wait_for_end(place: Workplace) -> None:
+    while not place.abandoned():
+        time.sleep(LOOK_SECONDS)
+    os._exit(1)  # files are written whole or not at all, so any moment will do
 
 
 def _attempt(job: Job, place: Workplace) -> Any:

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from helpers.tiny_federation import DP, tiny_dataset, tiny_federation, tiny_spec
+from trilemma.errors import UserError
+from trilemma.federation.clients import participants
+
+
+def test_each_hospital_trains_on_its_own_records():
+    dataset = tiny_dataset()
+    federation = tiny_federation(dataset)
+    assert [client.name for client in federation.clients] == ["client 1", "client 2", "client 3"]
+    names = [set(client.shards[0].records.names_N) for client in federation.clients]
+    assert sum(len(n) for n in names) == len(dataset.train) == len(set.union(*names))
+
+
+def test_centralised_sees_all_and_local_only_one():
+    dataset = tiny_dataset()
+    (everyone,) = tiny_federation(dataset, algorithm={"kind": "centralised"}).clients
+    assert everyone.num_records == len(dataset.train)
+    assert len(everyone.training_records(tiny_spec(), None)) == len(dataset.train)
+    federation = tiny_federation(dataset)
+    (alone,) = tiny_federation(dataset, algorithm={"kind": "local_only", "client": 1}).clients
+    assert alone.name == "client 2"
+    assert np.array_equal(alone.shards[0].records.names_N, federation.clients[1].shards[0].records.names_N)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [("equal", [1, 1, 1]), ([1.0, 2.0, 5.0], [1, 2, 5]), ("records", [48, 36, 12])]
+)
+def test_weights(weights, expected):
+    partition = {"kind": "quantity", "num_clients": 3, "sizes": [4, 3, 1]}
+    federation = tiny_federation(partition=partition, algorithm={"kind": "fedavg", "weights": weights})
+    assert [client.weight for client in federation.clients] == pytest.approx(expected)
+
+
+def test_participants_are_drawn_by_seed_and_round_alone():
+    spec = tiny_spec(partition={"kind": "iid", "num_clients": 5}, algorithm={"kind": "fedavg", "clients_per_round": 2})
+    drawn = [participants(spec, 5, index) for index in range(60)]
+    assert drawn == [participants(spec, 5, index) for index in range(60)]
+    assert all(len(set(who)) == 2 and list(who) == sorted(who) for who in drawn)
+    assert len(set(drawn)) > 5
+    counts = np.bincount(np.concatenate(drawn), minlength=5)
+    assert counts.min() > 10
+    other = spec.model_copy(update={"seed": 1})
+    assert drawn != [participants(other, 5, index) for index in range(60)]
+    assert participants(tiny_spec(), 3, 0) == (0, 1, 2)
+    assert participants(tiny_spec(algorithm={"kind": "centralised"}), 1, 0) == (0,)
+
+
+@pytest.mark.parametrize("algorithm", [{"kind": "fedavg"}, {"kind": "centralised"}])
+def test_only_malicious_records_change(algorithm):
+    threat = {"kind": "label_flip", "clients": [1]}
+    federation = tiny_federation(algorithm=algorithm, threat=threat)
+    clean = np.concatenate([s.records.labels_N for c in federation.clients for s in c.shards])
+    hospital = np.concatenate([np.full(len(s.records), s.hospital) for c in federation.clients for s in c.shards])
+    for _ in range(2):  # round after round the same records lie
+        poisoned = [c.training_records(federation.spec, federation.classifier) for c in federation.clients]
+        changed = np.concatenate([records.labels_N for records in poisoned]) != clean
+        assert np.array_equal(changed, hospital == 1)
+
+
+def test_what_cannot_be_is_refused_with_the_clients_name():
+    with pytest.raises(UserError, match=r"client 'client 1': local.batch_size 64 exceeds its 32 records"):
+        tiny_federation(privacy=DP, local={"batch_size": 64})
+    with pytest.raises(UserError, match="not below 1 / 32 records"):
+        tiny_federation(privacy={**DP, "delta": 0.05})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": {"kind": "local_only", "client": 3}}, "client 3 is not one of the 3 clients"),
+        ({"algorithm": {"kind": "fedavg", "clients_per_round": 4}}, "clients_per_round 4 exceeds the 3 clients"),
+        ({"algorithm": {"kind": "fedavg", "weights": [1, 2]}}, "2 numbers for 3 clients"),
+        ({"algorithm": {"kind": "fedavg", "weights": [1, 2, 0]}}, "greater than 0"),
+        ({"algorithm": {"kind": "fedprox", "weights": "records"}, "privacy": DP}, "under DP use 'equal'"),
+        ({"threat": {"kind": "label_flip", "num_malicious": 4}}, "more than the 3 clients"),
+        ({"local": {"epochs": 1, "steps": 1}}, "either epochs or steps"),
+        ({"local": {"momentum": 1.0}}, "less than 1"),
+        ({"rounds": 0}, "greater than or equal to 1"),
+        ({"algorithm": {"kind": "krum"}}, "krum"),
+        ({"algorithm": {"kind": "centralised", "weights": "equal"}}, "Extra inputs"),
+    ],
+)
+def test_impossible_trainings_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        tiny_spec(**changes)
