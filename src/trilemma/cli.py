@@ -35,13 +35,19 @@ Overrides = Annotated[
 DEFAULT_STORE = Path("results")
 
 
+class _Stopped(Exception):
+    """The user pressed Ctrl-C while a study ran; typer would end a KeyboardInterrupt without a word."""
+
+
 @app.command()
 def run(
     study_file: StudyFile,
     store: StoreFolder = DEFAULT_STORE,
     data: DataFolder = None,
     overrides: Overrides = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes at once.", show_default="the number of cores")] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes at once.", show_default="the number of cores")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Torch threads of each process.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
@@ -60,6 +66,8 @@ def run(
         opened.open_study(plan.study.name, plan.study.question, study_file.read_text(encoding="utf-8"))
         try:
             Engine(plan, opened, place, jobs or os.cpu_count() or 1, Progress(console, quiet)).run()
+        except KeyboardInterrupt as stop:
+            raise _Stopped from stop
         finally:
             # Whatever went wrong, what is in the store is worth a report.
             results = _results(plan, opened, study_file, overrides)
@@ -180,7 +188,7 @@ def main() -> None:
         app()
     except TrilemmaError as error:
         _end(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (_Stopped, KeyboardInterrupt):
         _end("stopped. What has ended is stored; run the same command again to go on.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read the output has gone

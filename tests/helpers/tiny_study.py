@@ -100,9 +100,14 @@ def run_plan(plan: Plan, folder: Path, roots: DataRoots, jobs: int = 1) -> str:
     return shown.getvalue()
 
 
-def rows_of(folder: Path) -> dict[str, list[Any]]:
-    """Returns every row of every table of a store, without the timings."""
-    db = sqlite3.connect(f"file:{folder / 'store.db'}?mode=ro", uri=True)
+def rows_of(folder: Path, recover: bool = False) -> dict[str, list[Any]]:
+    """Returns every row of every table of a store, without the timings.
+
+    Args:
+        folder: The store's folder.
+        recover: Undo what a killed writer left half done, which a reader may not.
+    """
+    db = sqlite3.connect(f"file:{folder / 'store.db'}?mode={'rw' if recover else 'ro'}", uri=True)
     db.row_factory = sqlite3.Row
     try:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]

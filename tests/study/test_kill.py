@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,10 +76,11 @@ MOMENTS = (("training:", 2), ("compressing:", 1), ("clean metrics:", 1), ("attac
 def test_killed_five_times_it_ends_with_the_rows_of_an_undisturbed_run(finished, roots, tmp_path):
     study, store = write_study(tmp_path), tmp_path / "store"
     moments = random.Random(5)
-    for stage, jobs in MOMENTS:
+    for number, (stage, jobs) in enumerate(MOMENTS):
         assert kill_after(start(study, store, roots, jobs), stage, moments.uniform(0, 0.25))
         if (store / "store.db").exists() and (store / "store.db").stat().st_size:
-            undisturbed, cut = rows_of(finished), rows_of(store)
+            undisturbed = rows_of(finished)
+            cut = rows_of(shutil.copytree(store, tmp_path / f"cut {number}"), recover=True)
             assert all(row in undisturbed[t] for t in cut if t != "studies" for row in cut[t])  # whole rows only
     finish(start(study, store, roots, 1))
     after, undisturbed = rows_of(store), rows_of(finished)
@@ -87,7 +89,7 @@ def test_killed_five_times_it_ends_with_the_rows_of_an_undisturbed_run(finished,
     assert (store / "reports" / "tiny.html").is_file()
 
 
-LONG = SMALLEST.replace("base.rounds = 1", "base.rounds = 40")
+LONG = SMALLEST.replace("base.rounds = 1", "base.rounds = 16")
 
 
 def test_it_resumes_at_the_last_finished_round(roots, tmp_path):
@@ -96,9 +98,9 @@ def test_it_resumes_at_the_last_finished_round(roots, tmp_path):
     run_plan(plan_of(study), undisturbed, roots)
     key = rows_of(undisturbed)["runs"][0]["key"]
     files = StoreFiles(store)
-    kill_at_round(start(study, store, roots, 1), files.progress(key), 5)
+    kill_at_round(start(study, store, roots, 1), files.progress(key), 3)
     reached = int(files.progress(key).read_text())
-    assert 5 <= reached < 40
+    assert 3 <= reached < 16
     early = files.checkpoint(key).read_bytes()
     kill_at_round(start(study, store, roots, 1), files.progress(key), reached + 1)
     # Had the second run begun anew, it would have gone through a smaller number of rounds first.
@@ -133,3 +135,16 @@ def test_killed_without_its_workers_it_can_be_run_again_at_once(roots, tmp_path)
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive, "a worker outlives its study"
     process.communicate()
+
+
+def test_ctrl_c_ends_it_without_a_traceback(roots, tmp_path):
+    """As a terminal does it: the signal goes to the run and its workers alike."""
+    study, store = write_study(tmp_path, "seeds = [0, 1]" + LONG), tmp_path / "store"
+    process = start(study, store, roots, 2)
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < give_up and not list((store / "checkpoints").glob("*.rounds")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130, output
+    assert "run the same command again" in output and "Traceback" not in output, output

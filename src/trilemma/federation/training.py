@@ -42,7 +42,7 @@ def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device) -> Federati
 
 
 def initial_state(federation: Federation) -> TrainingState:
-    """Returns the state before the first round, from the model's initialisation."""
+    """Returns the state before the first round: the weights in the workspace, so ask before any round has used it."""
     params_P = get_params(federation.classifier)
     server = server_optimizer(federation.spec)
     return TrainingState(0, params_P, get_buffers(federation.classifier), server.init(params_P) if server else {})

@@ -18,7 +18,8 @@ def answer_table(results: Results) -> Table:
     table.add_column(Text(f"{first}, {second}"), overflow="fold")
     for title in others:
         lines = clean(title).rstrip(")").replace(" (", "\n").replace(", ", "\n")
-        table.add_column(Text(lines), justify="right", overflow="fold", no_wrap=True)
+        # In a narrow terminal every column folds: one that may not would take the names' room.
+        table.add_column(Text(lines), justify="right", overflow="fold")
     for configuration, compression, *cells in rows:
         name = _text(f"{configuration}, {compression}")
         table.add_row(name, *map(_two_lines, cells), style="bold" if cells[-1] else None)

@@ -1,0 +1,46 @@
+import errno
+import os
+
+import pytest
+
+from trilemma.atomic import atomic_write
+from trilemma.errors import Failure
+
+
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
+
+
+def test_a_file_is_written_and_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.bin"
+    atomic_write(path, b"one")
+    atomic_write(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert names_in(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "Free some space"), (errno.EACCES, "may be written to")])
+@pytest.mark.parametrize("when", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch, number, remedy, when):
+    path = tmp_path / "file.bin"
+    atomic_write(path, b"old")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, when, fail)
+    if when == "replace":
+        monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(Failure, match=remedy) as failed:
+        atomic_write(path, b"new")
+    assert str(path) in str(failed.value)
+    assert os.strerror(number) in str(failed.value)
+    assert path.read_bytes() == b"old"
+    assert names_in(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("name", ["in the way/file.bin", "in the way/deeper/file.bin", "n" * 300])
+def test_a_place_that_cannot_hold_a_file_is_said(tmp_path, name):
+    (tmp_path / "in the way").write_text("a file, not a folder")
+    with pytest.raises(Failure, match="could not be written"):
+        atomic_write(tmp_path / name, b"x")
