@@ -87,3 +87,13 @@ def test_what_cannot_be_is_refused_with_the_clients_name():
 def test_impossible_trainings_are_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         tiny_spec(**changes)
+
+
+def test_each_malicious_client_draws_its_own_records():
+    federation = tiny_federation(threat={"kind": "label_flip", "num_malicious": 2, "share": 0.5})
+    changed = []
+    for client in federation.clients:
+        poisoned = client.training_records(federation.spec, federation.classifier)
+        changed.append(poisoned.labels_N != client.shards[0].records.labels_N)
+    assert [int(mask.sum()) for mask in changed] == [0, 16, 16]
+    assert not np.array_equal(changed[1], changed[2])

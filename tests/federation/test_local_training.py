@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from trilemma.federation.training import initial_state
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import get_params
 from trilemma.privacy.plan import PrivacyPlan
+from trilemma.randomness import generator
 from trilemma.robustness.objectives import standard
 
 
@@ -150,3 +152,21 @@ def test_dropout_is_seeded_by_client_and_round():
     torch.rand(3)
     assert torch.equal(update(0), first)
     assert not torch.equal(update(1), first)
+
+
+def test_every_step_round_and_client_has_noise_of_its_own_at_the_rate_of_its_time():
+    # Batches are empty here, so that the update is the noise alone: reused noise could be subtracted away.
+    local = {"batch_size": 16, "steps": 2, "learning_rate": 1.0, "momentum": 0, "schedule": "cosine"}
+    federation = tiny_federation(local=local, rounds=2)
+    plan, updates = PrivacyPlan(32, 1e-12, 16.0, 0.5, 2.0), []
+    for round_index, position in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        update_P = train(federation, position, plan, round_index=round_index).update_P
+        draws = generator(0, "noise", round_index, position)
+        expected_P = torch.zeros_like(update_P)
+        for step in (0, 1):
+            rate = 0.5 * (1 + math.cos(math.pi * (round_index + step / 2) / 2))
+            expected_P -= rate * torch.randn(update_P.shape, generator=draws) * 2.0 * 0.5 / 16.0
+        assert torch.allclose(update_P, expected_P, atol=1e-5)
+        updates.append(update_P)
+    correlation = torch.corrcoef(torch.stack(updates)) - torch.eye(4)
+    assert float(correlation.abs().max()) < 5 / len(updates[0]) ** 0.5

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 def get_params(module: nn.Module) -> Tensor:
     """Returns a copy of the trainable parameters, float32, shape (P,), in the order of `named_parameters`."""
-    return _flatten(_trainable(module))
+    return _flatten(module, _trainable(module))
 
 
 def set_params(module: nn.Module, params_P: Tensor) -> None:
@@ -25,7 +25,7 @@ def get_buffers(module: nn.Module) -> Tensor:
 
     Counters such as `num_batches_tracked` are whole numbers and stay where they are.
     """
-    return _flatten(_floating_buffers(module))
+    return _flatten(module, _floating_buffers(module))
 
 
 def set_buffers(module: nn.Module, buffers_Q: Tensor) -> None:
@@ -50,9 +50,10 @@ def _floating_buffers(module: nn.Module) -> list[Tensor]:
     return [buffer for _, buffer in module.named_buffers() if buffer.is_floating_point()]
 
 
-def _flatten(tensors: Iterable[Tensor]) -> Tensor:
+def _flatten(module: nn.Module, tensors: Iterable[Tensor]) -> Tensor:
     rows = [tensor.detach().reshape(-1).to(torch.float32) for tensor in tensors]
-    return torch.cat(rows) if rows else torch.empty(0)
+    device = next((parameter.device for parameter in module.parameters()), None)
+    return torch.cat(rows) if rows else torch.empty(0, device=device)
 
 
 def _unflatten(tensors: list[Tensor], vector: Tensor, what: str) -> None:
