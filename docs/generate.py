@@ -1,7 +1,7 @@
 """Writes the pages that follow from the code: docs/cli.md and docs/study-file.md.
 
-    python docs/generate.py            # writes them
-    python docs/generate.py --check    # ends with 1 where one of them is not what the code says now
+python docs/generate.py            # writes them
+python docs/generate.py --check    # ends with 1 where one of them is not what the code says now
 """
 
 import argparse

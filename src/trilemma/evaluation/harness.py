@@ -137,7 +137,9 @@ def agreement_measurements(target: Target, logits_NK: np.ndarray, test: Records)
         largest = Measurement("twin_logit_difference", difference, n=len(test), unit="coefficient")
     else:
         reason = "the model answers with values that are not finite"
-        largest = Measurement("twin_logit_difference", None, n=len(test), status="undefined", reason=reason)
+        largest = Measurement(
+            "twin_logit_difference", None, n=len(test), unit="coefficient", status="undefined", reason=reason
+        )
     return [largest, Measurement("twin_agreement", float(same_N.mean()), low, high, len(test))]
 
 

@@ -152,7 +152,9 @@ class PgdAttack(_Attack):
 
 
 class Transfer(_Attack):
-    """PGD made on every other artefact of the study, judged on this one: the black-box attack of Usynin et al. (2022).
+    """PGD made on every other artefact of the same data and seed, judged on this one.
+
+    The black-box attack of Usynin et al. (2022), on the whole test set.
 
     Attributes:
         norm: "linf" or "l2".

@@ -64,6 +64,8 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
     outside = [
         "the number of records of each hospital (published: it sets the sampling rate)",
         "the curves of training and validation, shown to whoever runs the study",
+        "what a report tells of the data: counts of classes and patients, test images and test accuracies",
+        "other models trained on the same images: where several are released, their epsilons add up",
         "the choice of settings, if they were chosen by looking at private results",
     ]
     if isinstance(spec.algorithm, Centralised):

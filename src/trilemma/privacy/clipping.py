@@ -20,6 +20,9 @@ RecordLoss = Callable[[Tensor, Tensor], Tensor]
 #: Per-record gradients held at once, in numbers (4 bytes each): bounds memory at any batch size.
 MAX_GRADIENT_NUMBERS = 50_000_000
 
+#: Records that are differentiated together at most: bounds the activations, which small networks on large images need.
+MAX_CHUNK = 64
+
 
 class ClippedSum(NamedTuple):
     """A sum of clipped per-record gradients.
@@ -60,7 +63,7 @@ def clipped_gradient_sum(
     per_record = vmap(grad(record_loss, has_aux=True), in_dims=(None, 0, 0), randomness="different")
     total_P = torch.zeros(num_params, device=y_B.device)
     norms, losses = [total_P.new_zeros(0)], [total_P.new_zeros(0)]
-    chunk = max(1, MAX_GRADIENT_NUMBERS // max(1, num_params))
+    chunk = max(1, min(MAX_CHUNK, MAX_GRADIENT_NUMBERS // max(1, num_params)))
     for x, y in zip(x_BVCHW.split(chunk), y_B.split(chunk), strict=True):
         if len(y) == 0:
             continue

@@ -218,7 +218,9 @@ def cost_table(rows: Sequence[Row]) -> Html:
         latencies = [_latency_cell(estimate, notes) for estimate in (row.latency_1, row.latency_32)]
         size = amount_cell(row.file_bytes, numbers.byte_size, notes)
         body.append(tag("tr", tag("th", row.title, scope="row"), size, *latencies))
-    caption = "The exported file, and its median latency with quartiles in ONNX Runtime on the machine named below."
+    caption = (
+        "The exported file, and its median latency with quartiles in ONNX Runtime on the machine that measured it."
+    )
     return table(caption, [header(["Configuration", "file", "1 image", "32 images"])], body, notes)
 
 

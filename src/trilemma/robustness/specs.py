@@ -63,7 +63,7 @@ class PgdTraining(Spec):
     Attributes:
         norm: "linf" or "l2".
         radius: In pixel units; may be written as "4/255".
-        steps: Steps per image; each costs about two thirds of a plain training step.
+        steps: Steps per image; each is a forward and a backward pass to the pixels.
         step_size: Length of a step over the radius; None for 2.5 / steps.
         fraction: Probability with which a record is adversarial, drawn for each record alone.
     """

@@ -28,6 +28,8 @@ def assemble(plan: Plan, store: Store, toml: str, command: str) -> Results:
     for cell in plan.cells:
         artefact = _artefact(cell, store)
         if artefact is None:
+            if store.run(cell.training.key):
+                missing.append(f"artefact {_place(cell)}")
             continue
         artefacts.append(artefact)
         for found, shown in _evaluated(plan, cell, store, missing):
@@ -69,6 +71,10 @@ def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
     )
 
 
+def _place(cell: Cell) -> str:
+    return f"{cell.training.configuration}, seed {cell.training.spec.seed}, {cell.compression.label}"
+
+
 def _artefact(cell: Cell, store: Store) -> Artefact | None:
     row = store.artefact(cell.key)
     if row is None:
@@ -81,14 +87,14 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
     found = []
     for spec in plan.evaluations:
         combined = isinstance(spec, (Transfer, AllAtOnce))
+        if combined and not part_keys(plan, cell, spec):
+            continue  # a study of one artefact has nothing to transfer from
         keys = [combined_key(plan, cell, spec)] if combined else [evaluation_key(cell.key, spec)]
-        if isinstance(spec, Transfer):
-            if not plan.sources(cell):
-                continue  # a study of one artefact has nothing to transfer from
-            keys += part_keys(plan, cell, spec)
+        keys += part_keys(plan, cell, spec) if isinstance(spec, Transfer) else []
         rows = [row for key in keys if (row := store.evaluation(key))]
+        if len(rows) < len(keys):
+            missing.append(f"{spec.label} of {_place(cell)}")
         if not rows:
-            missing.append(f"{spec.label} of {cell.training.configuration}, {cell.compression.label}")
             continue
         measurements: tuple[Measurement, ...] = sum((row.measurements for row in rows), ())
         seconds = sum(row.seconds for row in rows)

@@ -11,10 +11,9 @@ from trilemma.data.records import Dataset, Partition
 from trilemma.data.roots import DataRoots
 from trilemma.data.summary import client_rows
 from trilemma.evaluation.specs import AllAtOnce, Transfer
-from trilemma.federation.training import prepare
 from trilemma.privacy.specs import DpSgd
-from trilemma.study.combine import combined_key
-from trilemma.study.facts import facts_key
+from trilemma.study.combine import combined_key, part_keys
+from trilemma.study.facts import facts_key, prepare_all
 from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Plan, Training
 from trilemma.study.store import Store
@@ -28,8 +27,7 @@ def check_study(plan: Plan, folder: Path, roots: DataRoots, console: Console) ->
         UserError: If anything in the study cannot be.
     """
     place = Workplace(folder, roots, "cpu", 1, 0)
-    for training in _first_of(plan.trainings, lambda training: training.configuration):
-        prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
+    prepare_all(plan, place)
     show_data(plan, roots, console)
     console.print(_size_table(plan, folder))
     reasons = dict.fromkeys(_without_guarantee(plan))
@@ -86,7 +84,7 @@ def _size_table(plan: Plan, folder: Path) -> Table:
         combined_key(plan, cell, spec) if isinstance(spec, (Transfer, AllAtOnce)) else evaluation_key(cell.key, spec)
         for cell in plan.cells
         for spec in plan.evaluations
-        if not isinstance(spec, Transfer) or plan.sources(cell)
+        if not isinstance(spec, (Transfer, AllAtOnce)) or part_keys(plan, cell, spec)
     ]
     table = Table(title=f"Study '{plan.study.name}'")
     for name in ("", "asked for", "in the store", "to do"):

@@ -127,7 +127,7 @@ def _title(verb: str, cell: Cell) -> str:
 
 def _name(training: Training) -> str:
     client = getattr(training.spec.algorithm, "client", None)
-    where = f", hospital {client}" if client is not None else ""
+    where = f", hospital {client + 1}" if client is not None else ""
     return f"{training.configuration}{where}, seed {training.spec.seed}"
 
 

@@ -1,7 +1,5 @@
 """What is known of a study's data before anything is trained on them."""
 
-from collections.abc import Iterable
-
 from trilemma.data.records import Dataset
 from trilemma.data.summary import client_rows
 from trilemma.errors import Failure
@@ -21,18 +19,19 @@ def preflight(plan: Plan, store: Store, place: Workplace) -> None:
         UserError: If data, model and settings do not go together.
         Failure: If the data have changed since the store's trainings.
     """
-    for training in _one_per_configuration(plan.trainings):
-        dataset = place.dataset(training.spec.data)
-        prepare(training.spec, dataset, place.torch_device)
+    prepare_all(plan, place)
     for training in plan.trainings:
         _note_facts(training, store, place)
 
 
-def _one_per_configuration(trainings: Iterable[Training]) -> list[Training]:
-    first: dict[str, Training] = {}
-    for training in trainings:
-        first.setdefault(training.configuration, training)
-    return list(first.values())
+def prepare_all(plan: Plan, place: Workplace) -> None:
+    """Prepares every training: the hospitals of another seed's partition may not suit a privacy setting.
+
+    Raises:
+        UserError: If data, model and settings do not go together.
+    """
+    for training in plan.trainings:
+        prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
 
 
 def facts_key(training: Training) -> str:
@@ -45,14 +44,15 @@ def _note_facts(training: Training, store: Store, place: Workplace) -> None:
     key = facts_key(training)
     dataset = place.dataset(training.spec.data)
     known = store.facts(key)
-    if known is None:
-        store.add_facts(key, data_facts(training, dataset), dataset.fingerprint)
-    elif known[1] != dataset.fingerprint:
+    seen = {known[1] if known else None, store.data_fingerprint(training.spec.data.model_dump(mode="json"))}
+    if seen - {None, dataset.fingerprint}:
         raise Failure(
             dataset.name,
             "the images or labels have changed since this store was made, so old and new numbers would not compare",
             "Put the data back, or name another folder with --store",
         )
+    if known is None:
+        store.add_facts(key, data_facts(training, dataset), dataset.fingerprint)
 
 
 def data_facts(training: Training, dataset: Dataset) -> DataFacts:

@@ -45,6 +45,11 @@ class StoreFiles:
         """Returns where the traceback of a failed job goes."""
         return self.folder / "logs" / f"{_name(key)}.txt"
 
+    def remove_partial(self) -> None:
+        """Removes what killed processes left of files that they were writing; only the store's one writer may ask."""
+        for path in self.folder.glob("*/.*.part"):
+            path.unlink(missing_ok=True)
+
     def reports(self) -> Path:
         """Returns the folder of reports and exports."""
         return self.folder / "reports"

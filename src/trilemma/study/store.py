@@ -42,6 +42,8 @@ class Store:
         self._lock = _take_lock(folder) if write else None
         if not write and not self._path.is_file():
             raise UserError(str(folder), "there is no store here", "Run a study first, or name its folder with --store")
+        if write:
+            self.files.remove_partial()
         try:
             self._db = self._open(write)
         except BaseException:
@@ -217,6 +219,11 @@ class Store:
         fields = json.loads(rows[0][0])
         fields |= {name: tuple(fields[name]) for name in ("classes", "warnings")}
         return DataFacts(**fields), rows[0][1]
+
+    def data_fingerprint(self, data: dict[str, Any]) -> str | None:
+        """Returns the fingerprint of the images that the stored trainings on a data spec have seen."""
+        rows = self._rows("SELECT fingerprint FROM runs WHERE json_extract(spec, '$.data') = json(?)", _json(data))
+        return rows[0][0] if rows else None
 
     # What is added.
 
