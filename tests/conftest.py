@@ -15,13 +15,18 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with the real images; without it the test skips and says why."""
+    """The folder with the real images; without it the test skips and says what is missing."""
     folder = os.environ.get("TRILEMMA_DATA")
-    if not folder:
-        if os.environ.get("TRILEMMA_REQUIRE_DATA"):
-            pytest.fail("the real images are required here: TRILEMMA_DATA is not set")
-        pytest.skip("the real images are not here: set TRILEMMA_DATA to their folder (see CONTRIBUTING.md)")
-    return Path(folder)
+    if folder:
+        needed = [Path(folder) / name for name in ("medmnist/pneumoniamnist.npz", "chest_xray/train")]
+        missing = ", ".join(f"{path} is missing" for path in needed if not path.exists())
+    else:
+        missing = "TRILEMMA_DATA is not set"
+    if missing and os.environ.get("TRILEMMA_REQUIRE_DATA"):
+        pytest.fail(f"the real images are required here: {missing}")
+    if missing:
+        pytest.skip(f"the real images are not here: {missing} (see CONTRIBUTING.md)")
+    return Path(str(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ class Run:
         guarantee: What may be claimed of its model.
         provenance: Versions, git revision, CPU flags, device, threads, as JSON.
         seconds: Wall time of the training, over all its resumptions.
-        peak_memory_bytes: Largest resident set of the process that trained.
+        peak_memory_bytes: Largest resident set of the process while it trained (on Linux; elsewhere since it began).
         num_parameters: Trainable parameters.
     """
 

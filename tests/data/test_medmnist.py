@@ -36,7 +36,7 @@ def put(tmp_path, content, file="breastmnist.npz") -> DataRoots:
 
 @pytest.mark.real_data
 def test_the_real_pneumoniamnist(real_data, tmp_path):
-    data = Medmnist(name="pneumoniamnist").load(DataRoots(real_data, tmp_path))
+    data = Medmnist(name="pneumoniamnist").load(DataRoots(real_data, tmp_path, offline=True))
     assert [len(r) for r in (data.train, data.val, data.test)] == [4708, 524, 624]
     assert data.classes == ("normal", "pneumonia") and data.train.images_NCHW.shape[1:] == (1, 28, 28)
     shares = [round(100 * records.labels_N.mean(), 1) for records in (data.train, data.val, data.test)]

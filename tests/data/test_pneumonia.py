@@ -29,10 +29,10 @@ NAMES = [
 def real(real_data, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     start = time.perf_counter()
-    data = Pneumonia().load(DataRoots(real_data, cache))
+    data = Pneumonia().load(DataRoots(real_data, cache, offline=True))
     first = time.perf_counter() - start
     start = time.perf_counter()
-    again = Pneumonia().load(DataRoots(real_data, cache))
+    again = Pneumonia().load(DataRoots(real_data, cache, offline=True))
     return data, again, first, time.perf_counter() - start
 
 
@@ -81,7 +81,7 @@ def test_real_patients_are_dealt_whole(real):
 
 @pytest.mark.real_data
 def test_two_classes_are_the_three_with_both_pneumonias_joined(real, real_data, tmp_path):
-    data = Pneumonia(classes=2).load(DataRoots(real_data, tmp_path))
+    data = Pneumonia(classes=2).load(DataRoots(real_data, tmp_path, offline=True))
     np.testing.assert_array_equal(data.test.labels_N, real[0].test.labels_N > 0)
     assert data.classes == ("normal", "pneumonia")
 

@@ -161,7 +161,7 @@ def test_every_step_round_and_client_has_noise_of_its_own_at_the_rate_of_its_tim
     plan, updates = PrivacyPlan(32, 1e-12, 16.0, 0.5, 2.0), []
     for round_index, position in ((0, 0), (0, 1), (1, 0), (1, 1)):
         update_P = train(federation, position, plan, round_index=round_index).update_P
-        draws = generator(0, "noise", round_index, position)
+        draws = generator(0, "noise", federation.spec.key, round_index, position)
         expected_P = torch.zeros_like(update_P)
         for step in (0, 1):
             rate = 0.5 * (1 + math.cos(math.pi * (round_index + step / 2) / 2))
@@ -170,3 +170,17 @@ def test_every_step_round_and_client_has_noise_of_its_own_at_the_rate_of_its_tim
         updates.append(update_P)
     correlation = torch.corrcoef(torch.stack(updates)) - torch.eye(4)
     assert float(correlation.abs().max()) < 5 / len(updates[0]) ** 0.5
+
+
+def test_two_trainings_of_one_seed_share_no_noise_and_no_private_batches():
+    # If they did, the difference of two released models would be free of the noise.
+    local = {"batch_size": 16, "steps": 1, "learning_rate": 1.0, "momentum": 0}
+    empty = PrivacyPlan(32, 1e-12, 16.0, 0.5, 2.0)
+    updates, batch_lists = [], []
+    for rounds in (2, 3):  # any field that differs makes another training
+        federation = tiny_federation(local=local, rounds=rounds)
+        updates.append(train(federation, 0, empty).update_P)
+        client = replace(federation.clients[0], plan=PrivacyPlan(32, 0.5, 16.0, 0.5, 2.0), steps=4)
+        batch_lists.append(list(batches(federation.spec, client, 32, 0)))
+    assert abs(float(torch.corrcoef(torch.stack(updates))[0, 1])) < 5 / len(updates[0]) ** 0.5
+    assert batch_lists[0] != batch_lists[1]

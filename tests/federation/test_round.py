@@ -371,7 +371,10 @@ def test_a_target_epsilon_is_kept_by_every_client(algorithm):
     assert claim.epsilon_by_client.keys() == {client.name for client in federation.clients}
     assert 3.9 < claim.epsilon <= 4.0
     assert all(0 < value <= 4.0 for value in claim.epsilon_by_client.values())
-    assert ("pooling" in " ".join(claim.outside)) == (algorithm["kind"] == "centralised")
+    pooled = algorithm["kind"] == "centralised"
+    assert claim.trust == ("central" if pooled else "local")
+    assert ("pooled in one place" in claim.in_words()) == pooled
+    assert ("Each hospital adds its own noise" in claim.in_words()) != pooled
 
 
 def test_without_dp_nothing_is_claimed():

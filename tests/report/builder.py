@@ -64,6 +64,8 @@ def build(made: dict[str, Made] = MADE, *, synthetic: bool = False, **fields: An
                     artefacts.append(artefact)
                     evaluated += _evaluated(run, artefact, numbers)
     evaluated = _with_gaps(_with_transfer(evaluated, artefacts, made), runs, artefacts)
+    if synthetic:
+        runs = [replace(run, spec={**run.spec, "data": {"kind": "phantom"}}) for run in runs]
     results = Results(
         name="pneumonia-trilemma",
         question="What do privacy, adversarial training and int8 cost, alone and together?",

@@ -1,7 +1,7 @@
 import re
 from dataclasses import replace
 
-from builder import BOTH, CONSTANT, DP, MADE, MAJORITY, PGD, PLAIN, build
+from builder import BOTH, CONSTANT, DP, HOSPITALS, MADE, MAJORITY, PGD, PLAIN, build, rate
 
 from trilemma.report.answer import answer
 from trilemma.report.terminal import answer_text
@@ -23,13 +23,13 @@ def test_the_answer_is_the_same_every_time():
 
 
 def test_collaboration_flips_with_the_numbers():
-    assert "Collaboration is worth it" in paragraph(build(), "collaboration")
+    assert "everybody’s patients collaboration is worth it" in paragraph(build(), "collaboration")
     swapped = with_made(
         plain=replace(MADE["local only"], algorithm="fedavg"), alone=replace(MADE[PLAIN], algorithm="local_only")
     )
-    assert "Collaboration did not pay" in paragraph(swapped, "collaboration")
+    assert "everybody’s patients collaboration did not pay" in paragraph(swapped, "collaboration")
     equal = with_made(alone=replace(MADE[PLAIN], algorithm="local_only"))
-    assert "Whether it pays is open" in paragraph(equal, "collaboration")
+    assert "everybody’s patients it is open whether collaboration pays" in paragraph(equal, "collaboration")
     assert "no difference can be shown" in paragraph(equal, "collaboration")
 
 
@@ -38,6 +38,66 @@ def test_collaboration_names_its_numbers_and_their_interval():
     assert "AUROC is 0.962 against 0.921" in text
     assert re.search(r"0\.041 more \(95\u00a0% interval 0\.\d{3} to 0\.\d{3}\)", text)
     assert "pooling all images in one place" in text
+
+
+def with_clients(results, values):
+    """Replaces accuracies by hospital: {configuration: function from hospital and training to a value or None}."""
+    runs = {run.key: run for run in results.runs}
+    evaluated = []
+    for e in results.evaluated:
+        run = runs[e.artefact_key.rsplit("/", 1)[0]]
+        change = values.get(run.configuration)
+        if e.kind == "clean" and change is not None:
+            kept = [m for m in e.measurements if m.client not in HOSPITALS]
+            by_name = [(name, change(i, run.spec["algorithm"].get("client"))) for i, name in enumerate(HOSPITALS)]
+            kept += [rate("accuracy", value, client=name) for name, value in by_name if value is not None]
+            e = replace(e, measurements=tuple(kept))
+        evaluated.append(e)
+    return replace(results, evaluated=tuple(evaluated))
+
+
+def test_a_hospital_alone_is_judged_on_its_own_patients_too():
+    # Each model is far better at home than elsewhere: alone pays at home, together pays for everybody.
+    results = with_clients(
+        build(), {PLAIN: lambda i, _: 0.8, "local only": lambda i, trained: 0.95 if i == trained else 0.3}
+    )
+    text = paragraph(results, "collaboration")
+    assert "On each hospital’s own patients collaboration did not pay." in text
+    assert "accuracy is 80.0 % against 95.0 %, 15.0 points less" in text
+    assert "On everybody’s patients collaboration is worth it." in text
+    # Newcombe: 15.0 points and the root of 3.14 and 1.71 squared, for 624 images each.
+    assert "hospital 2 80.0\u00a0% against 95.0\u00a0% (difference −18.6 to −11.4)" in text
+    worse = with_clients(
+        build(), {PLAIN: lambda i, _: 0.8, "local only": lambda i, trained: 0.6 if i == trained else 0.99}
+    )
+    assert "own patients collaboration is worth it" in paragraph(worse, "collaboration")
+
+
+def test_the_hospitals_that_can_be_compared_are_said():
+    alone = {"local only": lambda i, trained: 0.8 if i else None}
+    text = paragraph(with_clients(build(), alone), "collaboration")
+    assert "mean over 2 hospitals" in text
+    assert "hospital 2 8" in text
+    assert "hospital 1 " not in text
+    nobody = paragraph(with_clients(build(), {"local only": lambda i, trained: None}), "collaboration")
+    assert "own patients the two cannot be compared: no hospital has a number for both models." in nobody
+    assert "On everybody’s patients collaboration is worth it." in nobody
+    results = build()
+    dropped = tuple(
+        replace(e, measurements=tuple(m for m in e.measurements if m.client)) if e.kind == "clean" else e
+        for e in results.evaluated
+    )
+    text = paragraph(replace(results, evaluated=dropped), "collaboration")
+    assert "On everybody’s patients the two cannot be compared" in text
+    assert "own patients it is open" in text or "own patients collaboration is worth it" in text
+
+
+def test_a_hospital_whose_own_model_is_missing_is_not_judged_by_anothers():
+    results = build()
+    gone = {r.key for r in results.runs if r.configuration == "local only" and r.spec["algorithm"]["client"] == 1}
+    text = paragraph(replace(results, runs=tuple(r for r in results.runs if r.key not in gone)), "collaboration")
+    assert "hospital 1 " in text
+    assert "hospital 2 " not in text
 
 
 def test_privacy_flips_with_the_numbers():
@@ -59,7 +119,7 @@ def test_a_void_guarantee_is_never_a_number():
 
 def test_adversarial_training_costs_and_buys():
     text = paragraph(build(), "adversarial training")
-    assert "0.011 less" in text
+    assert "AUROC is 0.951 against 0.962" in text
     assert "points more" in text
     swapped = with_made(
         pgd=replace(MADE[PGD], robust=(0.3, 0.05, 0.0)), plain=replace(MADE[PLAIN], robust=(0.8, 0.7, 0.66))

@@ -177,6 +177,15 @@ def test_transfer_averages_over_seeds_and_leaves_the_diagonal_to_other_seeds():
     assert matrix.values[row][column] == pytest.approx(sum(values) / len(values))
 
 
+def test_transfer_between_files_of_one_training_is_marked():
+    results = build({PLAIN: MADE[PLAIN], "local only": MADE["local only"]})
+    (matrix,) = transfer_matrices(results)
+    for source, marks in zip(matrix.sources, matrix.same_training, strict=True):
+        for target, marked in zip(matrix.targets, marks, strict=True):
+            (label, how), (its_label, its_how) = source.rsplit(", ", 1), target.rsplit(", ", 1)
+            assert marked == (label == its_label and how != its_how), (source, target)
+
+
 def test_a_model_at_the_majority_class_is_measured_as_such():
     row = rows_by_title(build({CONSTANT: Made(0.5, MAJORITY, (MAJORITY,) * 3, epsilon=1.0)}))[f"{CONSTANT}, fp32"]
     assert row.majority == MAJORITY

@@ -108,11 +108,11 @@ def test_latex_is_a_complete_booktabs_table(results, tmp_path):
     export_latex(results, tmp_path / "out.tex")
     lines = (tmp_path / "out.tex").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line.startswith("\\") and "&" not in line] == [
-        lines[1], "\\toprule", "\\midrule", "\\bottomrule", "\\end{tabular}",
+        lines[2], "\\toprule", "\\midrule", "\\bottomrule", "\\end{tabular}",
     ]  # fmt: skip
     rows = [line for line in lines if line.endswith("\\\\")]
     assert len(rows) == 1 + len(summary_rows(results))
-    num_columns = len(re.fullmatch(r"\\begin\{tabular\}\{([lrc]+)\}", lines[1]).group(1))
+    num_columns = len(re.fullmatch(r"\\begin\{tabular\}\{([lrc]+)\}", lines[2]).group(1))
     assert {len(re.split(r"(?<!\\)&", row)) for row in rows} == {num_columns}
     assert "0.962 (0.947 to 0.977)" in rows[1]
     assert "no guarantee" in rows[1]
@@ -135,11 +135,44 @@ def test_latex_and_markdown_leave_no_special_character_alone(text):
 def test_markdown_is_a_table_of_equal_rows(results, tmp_path):
     export_markdown(results, tmp_path / "out.md")
     lines = (tmp_path / "out.md").read_text(encoding="utf-8").splitlines()
+    lines, end = lines[:-2], lines[-2:]
+    assert end == ["", "Data: pneumoniamnist 28."]
     assert len(lines) == 2 + len(summary_rows(results))
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     runs = tuple(replace(run, configuration="a|b<script>") for run in results.runs)
     export_markdown(replace(results, runs=runs), tmp_path / "out.md")
     assert "a\\|b&lt;script&gt;" in (tmp_path / "out.md").read_text(encoding="utf-8")
+
+
+def test_every_export_names_its_data_and_says_where_they_are_synthetic(tmp_path):
+    for results, said, cells in [
+        (build(), "Data: pneumoniamnist 28.", ("pneumoniamnist 28", "false")),
+        (build(synthetic=True), "Data: phantom 64 (SYNTHETIC images, not taken of patients).", ("phantom 64", "true")),
+    ]:
+        export_latex(results, tmp_path / "out.tex")
+        assert f"% {said}" in (tmp_path / "out.tex").read_text(encoding="utf-8").splitlines()
+        export_markdown(results, tmp_path / "out.md")
+        assert (tmp_path / "out.md").read_text(encoding="utf-8").splitlines()[-1] == said
+        export_csv(results, tmp_path / "out.csv")
+        assert {(row["data"], row["synthetic"]) for row in read_csv(tmp_path / "out.csv")} == {cells}
+        export_json(results, tmp_path / "out.json")
+        measured = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["measurements"]
+        assert {m["synthetic"] for m in measured} == {cells[1] == "true"}
+
+
+def test_a_mixed_study_says_which_rows_are_synthetic(tmp_path):
+    real, made_up = build(), build(synthetic=True)
+    runs = tuple(
+        replace(run, spec={**run.spec, "data": {"kind": "phantom"}}) if run.configuration == DP else run
+        for run in real.runs
+    )
+    mixed = replace(real, runs=runs, data=(*real.data, *made_up.data))
+    export_csv(mixed, tmp_path / "out.csv")
+    for row in read_csv(tmp_path / "out.csv"):
+        assert row["synthetic"] == ("true" if row["configuration"] == DP else "false")
+    export_latex(mixed, tmp_path / "out.tex")
+    said = "% Data: pneumoniamnist 28; phantom 64 (SYNTHETIC images, not taken of patients)."
+    assert said in (tmp_path / "out.tex").read_text(encoding="utf-8")
 
 
 def test_exports_are_the_same_every_time(tmp_path):

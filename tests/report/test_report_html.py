@@ -70,6 +70,15 @@ def test_sections_stand_in_reading_order(page):
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False)), "a level is skipped"
 
 
+def test_transfer_between_files_of_one_training_carries_a_dagger(text):
+    section = re.search('<section id="transfer">(.*?)</section>', text, re.S).group(1)
+    cells = re.findall("<td[^>]*>(.*?)</td>", section, re.S)
+    daggers = [cell for cell in cells if "†" in cell]
+    assert 0 < len(daggers) < len(cells)
+    assert all("<em>" in cell for cell in daggers)
+    assert "worst over sources" in section
+
+
 def test_nothing_is_fetched(text, page):
     for name, attributes in page.elements:
         for key, value in attributes.items():

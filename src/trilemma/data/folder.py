@@ -55,6 +55,11 @@ def load_folder(path: str, size: int, mode: str, val_fraction: float, patient: s
         files["train"], files["val"] = hold_out_files(files["train"], val_fraction, "validation")
     shared = {f.patient for f in files["test"] if f.patient} & {f.patient for s in ("train", "val") for f in files[s]}
     warnings = []
+    if not patient:
+        warnings.append(
+            "Patients are not known (no `patient` pattern): every image counts as a patient of its own, so that one "
+            "person may be on both sides of a split, and intervals may be too narrow."
+        )
     if shared:
         warnings.append(
             f"{len(shared)} patient ids of test also occur in train or val ({min(shared)} is one): "

@@ -58,7 +58,7 @@ def local_train(
     state = optimizer_state if optimizer_state is not None else optimizer.init(params_P)
     changes = generator(spec.seed, "augmentation", round_index, client.number)
     crafting = generator(spec.seed, "defence", round_index, client.number, device=device)
-    noise = generator(spec.seed, "noise", round_index, client.number)
+    noise = private_generator(spec, "noise", round_index, client)
     total_loss, seen = 0.0, 0
     classifier.train()
     with global_seed(spec.seed, "dropout", round_index, client.number):
@@ -83,11 +83,12 @@ def local_train(
 
 def batches(spec: TrainSpec, client: Client, num_records: int, round_index: int) -> Iterator[list[int]]:
     """Yields the positions of each step's records: Poisson-sampled under DP, otherwise shuffled passes."""
-    draws = generator(spec.seed, "batches", round_index, client.number)
     if client.plan is not None:
+        draws = private_generator(spec, "poisson", round_index, client)
         for _ in range(client.steps):
             yield client.plan.sample(draws).tolist()
         return
+    draws = generator(spec.seed, "batches", round_index, client.number)
     done = 0
     while done < client.steps:
         order = torch.randperm(num_records, generator=draws).tolist()
@@ -96,6 +97,14 @@ def batches(spec: TrainSpec, client: Client, num_records: int, round_index: int)
                 return
             yield order[start : start + spec.local.batch_size]
             done += 1
+
+
+def private_generator(spec: TrainSpec, role: str, round_index: int, client: Client) -> torch.Generator:
+    """Returns the stream of a draw that privacy rests on; it is each training's own.
+
+    If two trainings of one seed shared their noise, the difference of the two released models would be free of it.
+    """
+    return generator(spec.seed, role, spec.key, round_index, client.number)
 
 
 def learning_rate(spec: TrainSpec, time: float) -> float:

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trilemma.attacks.poisoning.specs import NoThreat, ThreatSpec
-from trilemma.data.specs import DataSpec, PartitionSpec
+from trilemma.data.specs import DataSpec, Iid, PartitionSpec, Phantom
 from trilemma.federation.aggregation import Aggregation, mean
 from trilemma.federation.optimizers import Optimizer, adam, sgd
-from trilemma.models.specs import ModelSpec
+from trilemma.models.specs import ModelSpec, Resnet9
 from trilemma.privacy.specs import DpSgd, NoPrivacy, PrivacySpec
 from trilemma.robustness.specs import DefenceSpec, NoDefence
 from trilemma.spec import Spec
@@ -79,8 +79,8 @@ class FedAvg(Spec):
     """Federated averaging (McMahan et al. 2017, Algorithm 1).
 
     Attributes:
-        weights: Of the clients' updates: "records" by their number of records, "equal", or public numbers, one for
-            each client. Under DP the number of records is not a weight: "equal" or public numbers.
+        weights: Of the clients' updates: "equal" (the default, with and without DP), "records" by their number of
+            records (McMahan's choice), or public numbers, one for each client. Under DP: "equal" or public numbers.
         clients_per_round: How many take part in a round, drawn at random; all by default.
     """
 
@@ -227,9 +227,9 @@ class TrainSpec(Spec):
         seed: Of everything random.
     """
 
-    data: DataSpec
-    partition: PartitionSpec
-    model: ModelSpec
+    data: DataSpec = Phantom()
+    partition: PartitionSpec = Iid(num_clients=3)
+    model: ModelSpec = Resnet9(width=16)
     algorithm: AlgorithmSpec = FedAvg()
     local: Local = Local()
     server: ServerSpec = ServerSgd()

@@ -10,6 +10,7 @@ The rounds are the caller's loop, so that whoever runs them can store every stat
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from trilemma.data.records import Dataset
@@ -68,12 +69,11 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
         "other models trained on the same images: where several are released, their epsilons add up",
         "the choice of settings, if they were chosen by looking at private results",
     ]
-    if isinstance(spec.algorithm, Centralised):
-        outside.append("the pooling itself: one place sees every image")
+    outside += patients_outside(federation)
     epsilon_by_client = {name: epsilon(steps, spec.privacy.delta) for name, steps in events.items()}
     return Guarantee(
         unit=spec.privacy.unit,
-        trust=spec.privacy.trust,
+        trust="central" if isinstance(spec.algorithm, Centralised) else spec.privacy.trust,
         delta=spec.privacy.delta,
         epsilon_by_client=epsilon_by_client,
         events_by_client=events,
@@ -82,6 +82,17 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
         noise_source="seeded noise, for research only: whoever knows the seed can take it away",
         outside=tuple(outside),
     )
+
+
+def patients_outside(federation: Federation) -> list[str]:
+    """Returns what protecting single images leaves open for patients who have several."""
+    patients = [shard.records.patients_N for client in federation.clients for shard in client.shards]
+    if any((patients_N < 0).any() for patients_N in patients):
+        return ["a patient with several images: k images have k times this epsilon; which belong together is not known"]
+    most = max(int(np.unique(patients_N, return_counts=True)[1].max(initial=0)) for patients_N in patients)
+    if most <= 1:
+        return []
+    return [f"a patient with several images: k images have k times this epsilon, and here some have up to {most}"]
 
 
 def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:

@@ -44,8 +44,8 @@ class Resnet9(Spec):
     norm: NormKind = "group"
     groups: int | None = Field(default=None, ge=1)
     activation: ActivationKind = "relu"
-    mean: float = 0.5
-    std: float = Field(default=0.25, gt=0)
+    mean: float = Field(default=0.5, ge=0, le=1)
+    std: float = Field(default=0.25, ge=0.01, le=10)
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "Resnet9":
@@ -93,8 +93,8 @@ class Resnet18(Spec):
     groups: int | None = Field(default=None, ge=1)
     activation: ActivationKind = "relu"
     stem: StemKind = "small"
-    mean: float = 0.5
-    std: float = Field(default=0.25, gt=0)
+    mean: float = Field(default=0.5, ge=0, le=1)
+    std: float = Field(default=0.25, ge=0.01, le=10)
 
     @model_validator(mode="after")
     def _groups_divide(self) -> "Resnet18":
@@ -127,8 +127,8 @@ class Monai(Spec):
     kind: Literal["monai"] = "monai"
     network: str
     arguments: dict[str, JsonValue] = {}
-    mean: float = 0.5
-    std: float = Field(default=0.25, gt=0)
+    mean: float = Field(default=0.5, ge=0, le=1)
+    std: float = Field(default=0.25, ge=0.01, le=10)
 
     @property
     def label(self) -> str:

@@ -28,7 +28,8 @@ class Guarantee(BaseModel):
     Attributes:
         unit: What is protected: one image.
         relation: Neighbouring relation of the data sets.
-        trust: Who adds the noise: "local" means each client, before anything leaves it.
+        trust: Who adds the noise: "local" means each client, before anything leaves it; "central" whoever pools the
+            images, and must be trusted with them.
         delta: Probability with which the bound may fail; None without DP.
         epsilon_by_client: Client name -> epsilon, composed over every round that ran.
         events_by_client: Client name -> the steps that ran.
@@ -43,7 +44,7 @@ class Guarantee(BaseModel):
 
     unit: Literal["example"] = "example"
     relation: Literal["add_or_remove_one"] = "add_or_remove_one"
-    trust: Literal["local"] = "local"
+    trust: Literal["local", "central"] = "local"
     delta: float | None = None
     epsilon_by_client: dict[str, float] = {}
     events_by_client: dict[str, tuple[DpEvent, ...]] = {}
@@ -70,12 +71,18 @@ class Guarantee(BaseModel):
             return "No guarantee: " + ("; ".join(self.void) or "nothing was accounted for") + "."
         clients = ", ".join(f"{name} {_rounded_up(value)}" for name, value in self.epsilon_by_client.items())
         return (
-            f"Adding or removing any one image of a hospital changes the probability of any outcome by a factor of at "
-            f"most exp({_rounded_up(self.epsilon)}), except with probability {self.delta:g} "
-            f"(epsilon per hospital: {clients}). Each hospital adds its own noise, so neither the server nor another "
-            f"hospital needs to be trusted with its images. Clipping norm {self.clip:g}; "
-            f"{self.accountant}; {self.noise_source}. Not covered: {'; '.join(self.outside)}."
+            f"With or without any one image of a hospital, the probability of any set of outcomes differs by a factor "
+            f"of at most exp({_rounded_up(self.epsilon)}), up to an additional {self.delta:g} (epsilon: {clients}). "
+            f"{_TRUST_IN_WORDS[self.trust]} Clipping norm {self.clip:g}; {self.accountant}; {self.noise_source}. "
+            f"Not covered: {'; '.join(self.outside)}."
         )
+
+
+_TRUST_IN_WORDS = {
+    "local": "Each hospital adds its own noise, so neither the server nor another hospital needs to be trusted with "
+    "its images.",
+    "central": "The images are pooled in one place, which adds the noise and must be trusted with all of them.",
+}
 
 
 def _rounded_up(epsilon: float) -> str:

@@ -8,16 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from trilemma.report import numbers
-from trilemma.report.comparisons import Pair, change, named, pairs, side_by_side
+from trilemma.report.comparisons import Pair, admitting, change, named, pairs, side_by_side
 from trilemma.report.configurations import UNCOMPRESSED, Headline, Row, configuration_rows, headline
-from trilemma.report.estimates import Estimate
+from trilemma.report.estimates import Estimate, averaged, difference
 from trilemma.report.verdict import attack, verdict
 from trilemma.results import Results
 
 #: Comparisons of one kind that are written out; the others stand in the table.
 MOST_PAIRS = 3
 
+#: Hospitals that are written out one by one; the others stand in the table.
+MOST_HOSPITALS = 6
+
 _KEPT = "of the right answers survive"
+_PAYS = {1: "collaboration is worth it", -1: "collaboration did not pay", 0: "it is open whether collaboration pays"}
 
 
 class Finding(NamedTuple):
@@ -120,19 +124,63 @@ def _collaboration(rows: Sequence[Row], by: Headline) -> list[Finding]:
     texts = []
     alone = pairs(rows, ["algorithm"], federated, lambda row: row.kind("algorithm") == "local_only")
     for pair in alone[:MOST_PAIRS]:
-        effect = change(pair, by.utility)
-        if effect is not None:
-            opening = {1: "Collaboration is worth it", -1: "Collaboration did not pay", 0: "Whether it pays is open"}
-            texts.append(
-                f"{opening[effect.sign]}. “{pair.changed.configuration}”, trained together, against each hospital "
-                f"alone: {effect.sentence}"
-            )
+        texts += [_on_own_patients(pair, by), _on_everybodys_patients(pair, by)]
     pooled = pairs(rows, ["algorithm"], federated, lambda row: row.kind("algorithm") == "centralised")
     for pair in pooled[:MOST_PAIRS]:
         effect = change(pair, by.utility)
         if effect is not None:
             texts.append(f"“{pair.changed.configuration}” against pooling all images in one place: {effect.sentence}")
     return _finding("Is collaboration worth it?", texts, len(alone) + len(pooled), 2 * MOST_PAIRS)
+
+
+def _on_everybodys_patients(pair: Pair, by: Headline) -> str:
+    effect = change(pair, by.utility)
+    if effect is None:
+        return f"On everybody’s patients the two cannot be compared: {_gap(pair, by)}."
+    return (
+        f"On everybody’s patients {_PAYS[effect.sign]}. “{pair.changed.configuration}”, trained together, against the "
+        f"mean of the models that each hospital trained alone: {effect.sentence}"
+    )
+
+
+def _on_own_patients(pair: Pair, by: Headline) -> str:
+    """Returns what the common model is worth to a hospital that would otherwise use its own model at home."""
+    names = [name for name in pair.base.clients if name != "worst"]
+    metric = by.utility if _compared(pair, names, by.utility) == names else "accuracy"
+    known = _compared(pair, names, metric)
+    common, own = (averaged([row.client(name, metric) for name in known]) for row in (pair.changed, pair.base))
+    effect = admitting(pair, side_by_side(common, own, metric))
+    if effect is None:
+        return "On each hospital’s own patients the two cannot be compared: no hospital has a number for both models."
+    each = []
+    for name in known[:MOST_HOSPITALS]:
+        ours, theirs = pair.changed.client(name, metric), pair.base.client(name, metric)
+        gap = difference(ours, theirs)
+        if ours.value is not None and theirs.value is not None and gap is not None:
+            values = f"{numbers.metric_value(metric, ours.value)} against {numbers.metric_value(metric, theirs.value)}"
+            each.append(f"{name} {values}{_bounds(metric, gap.low, gap.high)}")
+    more = f"; {len(known) - MOST_HOSPITALS} more stand in the table" if len(known) > MOST_HOSPITALS else ""
+    part = f" (of {len(names)}; the others lack a number)" if len(known) < len(names) else ""
+    return (
+        f"On each hospital’s own patients {_PAYS[effect.sign]}. “{pair.changed.configuration}”, trained together, "
+        f"against each hospital’s own model on test images of patients like its own, mean over {len(known)} "
+        f"hospitals{part}: {effect.sentence} One by one: {'; '.join(each)}{more}."
+    )
+
+
+def _compared(pair: Pair, names: Sequence[str], metric: str) -> list[str]:
+    """Returns the hospitals for which both sides have a value of the same seeds."""
+    seeds = {name: [{s for s, _ in row.client(name, metric).by_seed} for row in pair[:2]] for name in names}
+    return [name for name in names if set.intersection(*seeds[name])]
+
+
+def _bounds(metric: str, low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" (difference {numbers.metric_bounds(metric, low, high)})"
+
+
+def _gap(pair: Pair, by: Headline) -> str:
+    absent = [row for row in pair[:2] if row.metric(by.utility).value is None]
+    return "; ".join(f"“{row.configuration}” has no {numbers.metric_title(by.utility)}" for row in absent)
 
 
 def _privacy(rows: Sequence[Row], by: Headline) -> list[Finding]:
@@ -144,7 +192,7 @@ def _privacy(rows: Sequence[Row], by: Headline) -> list[Finding]:
             claim = (
                 "no guarantee, for it is void"
                 if pair.changed.epsilon is None
-                else f"ε ≤ {numbers.epsilon(pair.changed.epsilon)} for every hospital"
+                else f"ε ≤ {numbers.epsilon(pair.changed.epsilon)} for any one image"
             )
             texts.append(f"{named(pair)} ({claim}): {effect.sentence}")
     return _finding("What does privacy cost?", texts, len(found), MOST_PAIRS)

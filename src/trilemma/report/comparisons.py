@@ -61,7 +61,11 @@ def pairs(
 
 def change(pair: Pair, metric: str) -> Effect | None:
     """Returns what a pair's difference did to a clean metric, or None where either side has no value."""
-    effect = side_by_side(pair.changed.metric(metric), pair.base.metric(metric), metric)
+    return admitting(pair, side_by_side(pair.changed.metric(metric), pair.base.metric(metric), metric))
+
+
+def admitting(pair: Pair, effect: Effect | None) -> Effect | None:
+    """Returns an effect whose sentence admits it where a pair was tuned differently."""
     if effect is None or pair.exact:
         return effect
     return effect._replace(sentence=f"{effect.sentence} (The two were also tuned differently.)")

@@ -286,21 +286,24 @@ def _clients(cells: list[_Cell]) -> dict[str, dict[str, Estimate]]:
     hospitals = [name for name in names if name != "worst"]
     estimates = {}
     for name in names:
-        own = [cell for cell in cells if _trained_alone(cell, hospitals) in (None, name)]
-        estimates[name] = _clean(own or cells, client=name)
-    if _trained_alone(cells[0], hospitals) is not None:  # the worst is a hospital with its own model
+        estimates[name] = _clean([cell for cell in cells if _serves(cell, name, hospitals)], client=name)
+    if _is_alone(cells[0]):  # the worst is a hospital with its own model
         known = [e for name in hospitals if (e := estimates[name]).get("accuracy", Estimate()).value is not None]
         estimates["worst"] = min(known, key=lambda e: e["accuracy"].value or 0.0, default={})
     return estimates
 
 
-def _trained_alone(cell: _Cell, hospitals: list[str]) -> str | None:
-    """Returns the only hospital behind a model, or None where several trained it or it is not known."""
+def _serves(cell: _Cell, name: str, hospitals: list[str]) -> bool:
+    """Returns whether a model is the one that a hospital would use: its own where each trained alone."""
+    if not _is_alone(cell):
+        return True
+    index = cell.run.spec["algorithm"].get("client")
+    return isinstance(index, int) and 0 <= index < len(hospitals) and hospitals[index] == name
+
+
+def _is_alone(cell: _Cell) -> bool:
     algorithm = cell.run.spec.get("algorithm")
-    if not isinstance(algorithm, dict) or algorithm.get("kind") != "local_only":
-        return None
-    index = algorithm.get("client")
-    return hospitals[index] if isinstance(index, int) and 0 <= index < len(hospitals) else None
+    return isinstance(algorithm, dict) and algorithm.get("kind") == "local_only"
 
 
 def _attacked(cells: list[_Cell]) -> tuple[Attacked, ...]:

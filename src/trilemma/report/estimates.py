@@ -2,7 +2,8 @@
 
 Seeds of one configuration share a test set, so their spread alone understates what another test set would do:
 the interval of an estimate is the wider of Student's t over seeds and the mean of the single intervals. A
-difference is paired by seed, for both sides saw the same images in the same order.
+difference varies with the trainings and with the test patients, so its interval holds both: the spread of the
+differences by seed, and the two single intervals.
 """
 
 import math
@@ -28,6 +29,7 @@ class Estimate:
         sd: Standard deviation over seeds, or None for fewer than two.
         n: Records behind one seed's number, the smallest over seeds; 0 where it is not a rate.
         by_seed: (seed, value) of every seed that has one.
+        single: The mean interval of the single models, which speaks of other test patients only; None without one.
         reason: Why there is no value, or why some trainings are not in it; "" where nothing is amiss.
     """
 
@@ -37,6 +39,7 @@ class Estimate:
     sd: float | None = None
     n: int = 0
     by_seed: tuple[tuple[int, float], ...] = ()
+    single: tuple[float, float] | None = None
     reason: str = "not measured"
 
 
@@ -48,7 +51,8 @@ class Difference:
         value: First minus second.
         low: Lower end of its 95 % interval, or None where there is none.
         high: Upper end.
-        num_pairs: Seeds that were paired; 0 where the interval comes from the two single intervals.
+        num_pairs: Seeds that were paired; 0 where fewer than two are common, so that the interval comes from the two
+            intervals alone.
     """
 
     value: float
@@ -77,11 +81,10 @@ def estimate(samples: Iterable[tuple[int, Measurement]]) -> Estimate:
         return Estimate(reason=_reasons(m for _, m in samples) or "not measured")
     by_seed = tuple((seed, _mean(_values(usable, seed))) for seed in sorted({seed for seed, _ in usable}))
     means = [value for _, value in by_seed]
-    bounds = [(m.low, m.high) for _, m in usable if m.low is not None and m.high is not None]
+    bounds = [None if m.low is None or m.high is None else (m.low, m.high) for _, m in usable]
     unit = usable[0][1].unit
-    low = high = None
-    if len(bounds) == len(usable):
-        low, high = _mean([b[0] for b in bounds]), _mean([b[1] for b in bounds])
+    single = _mean_interval(bounds)
+    low, high = single or (None, None)
     if len(means) > 1 and unit in _RANGES:
         half, (smallest, largest) = _t_half_width(means), _RANGES[unit]
         low = max(smallest, min(_mean(means) - half, math.inf if low is None else low))
@@ -95,6 +98,7 @@ def estimate(samples: Iterable[tuple[int, Measurement]]) -> Estimate:
         sd=_sd(means) if len(means) > 1 else None,
         n=min(m.n for _, m in usable),
         by_seed=by_seed,
+        single=single,
         reason=f"{absent} of {len(samples)} trainings have no value: {why or 'no reason given'}" if absent else "",
     )
 
@@ -111,9 +115,12 @@ def exact(by_seed: Iterable[tuple[int, float]], reason: str = "not recorded") ->
 def difference(first: Estimate, second: Estimate) -> Difference | None:
     """Returns first minus second with a 95 % interval, or None where either has no value.
 
-    With two or more seeds in common: Student's t of the differences by seed, never narrower than the test images
-    allow, for seeds that agree say nothing about other images. Otherwise the two intervals are combined by squaring
-    and adding (Newcombe 1998, method 10), which is conservative for two models on the same images.
+    With two or more seeds in common the value is the mean difference by seed, and three half widths are squared and
+    added: Student's t of the differences by seed, for other trainings, and on each side the mean interval of the
+    single models, for other test patients. Seeds share their test patients, so more seeds narrow the first alone.
+    Otherwise the two intervals are squared and added (Newcombe 1998, method 10). Both treat the two models' errors
+    as independent although they saw the same patients, and so err on the side of showing nothing, unless what one
+    model finds easy the other finds hard.
 
     Args:
         first: A share or a coefficient in [0, 1].
@@ -124,15 +131,57 @@ def difference(first: Estimate, second: Estimate) -> Difference | None:
     ours, theirs = dict(first.by_seed), dict(second.by_seed)
     pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if len(pairs) > 1:
-        middle = _mean(pairs)
-        half = max(_t_half_width(pairs), _sampling_half_width(middle, min(first.n, second.n)))
-        return Difference(middle, max(-1.0, middle - half), min(1.0, middle + half), len(pairs))
-    gap = first.value - second.value
-    if first.low is None or first.high is None or second.low is None or second.high is None:
-        return Difference(gap, None, None, 0)
-    down = math.hypot(first.value - first.low, second.high - second.value)
-    up = math.hypot(first.high - first.value, second.value - second.low)
-    return Difference(gap, gap - down, gap + up, 0)
+        gap, spread = _mean(pairs), _t_half_width(pairs)
+        ours_alone, theirs_alone = first.single, second.single
+    else:
+        gap, spread = first.value - second.value, 0.0
+        ours_alone, theirs_alone = _interval(first), _interval(second)
+    num_pairs = len(pairs) if len(pairs) > 1 else 0
+    if ours_alone is None or theirs_alone is None:
+        return Difference(gap, None, None, num_pairs)
+    first_down, first_up = _reach(first.value, ours_alone)
+    second_down, second_up = _reach(second.value, theirs_alone)
+    low = gap - math.hypot(spread, first_down, second_up)
+    high = gap + math.hypot(spread, first_up, second_down)
+    return Difference(gap, max(-1.0, low), min(1.0, high), num_pairs)
+
+
+def averaged(estimates: Sequence[Estimate]) -> Estimate:
+    """Returns the mean of one metric over groups of records (hospitals), each group counting the same.
+
+    Its intervals are the means of theirs, which is conservative: a mean varies no more than its parts do on average.
+    Only seeds that every group has are in it.
+
+    Args:
+        estimates: One per group. Where one has no value, neither has the mean.
+    """
+    by_group = [dict(each.by_seed) for each in estimates]
+    seeds = sorted(set.intersection(*(set(group) for group in by_group))) if by_group else []
+    if not seeds:
+        return Estimate()
+    by_seed = tuple((seed, _mean([group[seed] for group in by_group])) for seed in seeds)
+    whole, single = _mean_interval([_interval(e) for e in estimates]), _mean_interval([e.single for e in estimates])
+    low, high = whole or (None, None)
+    values = [value for _, value in by_seed]
+    sd = _sd(values) if len(values) > 1 else None
+    n = min(each.n for each in estimates)
+    return Estimate(_mean(values), low, high, sd=sd, n=n, by_seed=by_seed, single=single, reason="")
+
+
+def _interval(found: Estimate) -> tuple[float, float] | None:
+    return None if found.low is None or found.high is None else (found.low, found.high)
+
+
+def _reach(value: float, interval: tuple[float, float]) -> tuple[float, float]:
+    """Returns how far an interval reaches below and above the value, never a negative distance."""
+    return max(0.0, value - interval[0]), max(0.0, interval[1] - value)
+
+
+def _mean_interval(intervals: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
+        return None
+    return _mean([low for low, _ in known]), _mean([high for _, high in known])
 
 
 def _values(samples: Sequence[tuple[int, Measurement]], seed: int) -> list[float]:
@@ -150,16 +199,6 @@ def _sd(values: Sequence[float]) -> float:
 
 def _t_half_width(values: Sequence[float]) -> float:
     return float(stdtrit(len(values) - 1, 0.975)) * _sd(values) / math.sqrt(len(values))
-
-
-def _sampling_half_width(gap: float, n: int) -> float:
-    """Returns the least half width that n paired images allow: every image that changed changed the same way.
-
-    At least |gap| n images changed, so the variance of the gap is at least |gap| (1 - |gap|) / n (McNemar's test in
-    its best case); and no gap is known better than to one image.
-    """
-    size, n = min(1.0, abs(gap)), max(1, n)
-    return max(1 / n, 1.96 * math.sqrt(size * (1 - size) / n))
 
 
 def _reasons(measurements: Iterable[Measurement]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from trilemma.atomic import atomic_write
 from trilemma.evaluation.measurement import Measurement
 from trilemma.report.configurations import void_reasons
+from trilemma.report.datasets import DataUsed, data_in_words, data_of
 from trilemma.report.markup import clean
 from trilemma.report.summary import summary_rows, written_rows
 from trilemma.results import Artefact, Results, Run
@@ -22,7 +23,7 @@ from trilemma.results import Artefact, Results, Run
 #: Columns of the CSV file and fields of a measurement in JSON, in order.
 COLUMNS = (
     "study", "configuration", "seed", "compression", "artefact", "evaluation", "kind", "metric", "radius", "source",
-    "client", "value", "low", "high", "n", "unit", "split", "status", "reason",
+    "client", "value", "low", "high", "n", "unit", "split", "status", "reason", "data", "synthetic",
 )  # fmt: skip
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -78,6 +79,7 @@ def export_latex(results: Results, path: Path) -> None:
     columns = "ll" + "r" * (len(titles) - 3) + "c"
     lines = [
         "% Needs \\usepackage{booktabs}, and \\usepackage[T1]{fontenc} for quotation marks.",
+        f"% {clean(data_in_words(results)).replace(chr(10), ' ')}",
         f"\\begin{{tabular}}{{{columns}}}",
         "\\toprule",
         " & ".join(map(latex, titles)) + " \\\\",
@@ -96,6 +98,8 @@ def export_markdown(results: Results, path: Path) -> None:
         "| " + " | ".join(map(markdown, titles)) + " |",
         "|" + "|".join([" --- ", " --- ", *[" ---: "] * (len(titles) - 3), " :---: "]) + "|",
         *("| " + " | ".join(map(markdown, row)) + " |" for row in rows),
+        "",
+        markdown(data_in_words(results)),
     ]
     atomic_write(Path(path), ("\n".join(lines) + "\n").encode())
 
@@ -104,15 +108,18 @@ def measurement_rows(results: Results) -> Iterator[dict[str, Any]]:
     """Yields every measurement as a flat row, and each artefact's epsilon and training time in the same form."""
     runs = {run.key: run for run in results.runs}
     artefacts = {artefact.key: artefact for artefact in results.artefacts}
+    data = {run.key: data_of(run, results) for run in results.runs}
     for artefact in results.artefacts:
         if artefact.run_key in runs:
             for m in _of_training(runs[artefact.run_key], artefact):
-                yield _flat(results.name, runs[artefact.run_key], artefact, "training", "training", m)
+                row = _row(results.name, runs[artefact.run_key], artefact, data[artefact.run_key], m)
+                yield row | {"evaluation": "training", "kind": "training"}
     for evaluated in results.evaluated:
         artefact = artefacts.get(evaluated.artefact_key)
         if artefact is not None and artefact.run_key in runs:
             for m in evaluated.measurements:
-                yield _flat(results.name, runs[artefact.run_key], artefact, evaluated.evaluation, evaluated.kind, m)
+                row = _row(results.name, runs[artefact.run_key], artefact, data[artefact.run_key], m)
+                yield row | {"evaluation": evaluated.evaluation, "kind": evaluated.kind}
 
 
 def latex(text: str) -> str:
@@ -133,16 +140,19 @@ def _of_training(run: Run, artefact: Artefact) -> Iterator[Measurement]:
     yield Measurement("training_seconds", run.seconds, unit="seconds", split="train")
 
 
-def _flat(study: str, run: Run, artefact: Artefact, evaluation: str, kind: str, m: Measurement) -> dict[str, Any]:
+def _row(study: str, run: Run, artefact: Artefact, data: DataUsed, m: Measurement) -> dict[str, Any]:
+    """Returns a measurement with where it comes from, in the order of the columns; its evaluation is still empty."""
     row = {
         "study": study,
         "configuration": run.configuration,
         "seed": run.seed,
         "compression": artefact.compression,
         "artefact": artefact.key,
-        "evaluation": evaluation,
-        "kind": kind,
+        "evaluation": "",
+        "kind": "",
         **m._asdict(),
+        "data": data.name,
+        "synthetic": data.synthetic,
     }
     return {name: row[name] for name in COLUMNS}
 
@@ -150,6 +160,8 @@ def _flat(study: str, run: Run, artefact: Artefact, evaluation: str, kind: str, 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, (int, float)):
         return repr(value) if math.isfinite(value) else ""
     text = clean(str(value))

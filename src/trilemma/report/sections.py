@@ -8,6 +8,7 @@ from typing import Any
 from trilemma.report import numbers, tables
 from trilemma.report.answer import answer
 from trilemma.report.configurations import Headline, Row, artefact_titles, void_reasons
+from trilemma.report.datasets import data_of
 from trilemma.report.figures import Figure
 from trilemma.report.markup import Content, Html, tag
 from trilemma.report.transfer import transfer_matrices
@@ -32,8 +33,10 @@ def answer_section(results: Results) -> Html:
             others.append(tag("div", *body))
     note = tag(
         "p",
-        "Differences are paired by seed on the same test images; one is called shown when its 95\u00a0% interval "
-        "excludes zero. Intervals are not corrected for the number of comparisons.",
+        "Differences are taken seed by seed. Their 95\u00a0% intervals hold both what other trainings and what other "
+        "test patients would change; a difference is called shown when its interval excludes zero. The two models’ "
+        "errors count as independent although they saw the same images, so the report errs on the side of “cannot be "
+        "shown”. Intervals are not corrected for the number of comparisons.",
         class_="note",
     )
     box = tag("div", *limits, class_="caution") if limits else None
@@ -73,7 +76,11 @@ def transfer_section(results: Results) -> Html | None:
     if not matrices:
         return None
     drawn = [tables.transfer_table(matrix, i) for i, matrix in enumerate(matrices)]
-    lead = "A black-box attacker has no access to the model: the images are made on another model of the study."
+    lead = (
+        "A black-box attacker has no access to the model: the images are made on another model of the study. The "
+        "worst over sources, by which the figures and tables above judge a model, counts models of other trainings "
+        "only; files of the same training, such as a model and its int8 form, stand in the matrix with a †."
+    )
     return section("transfer", "Attacks that transfer", tag("p", lead), *drawn)
 
 
@@ -224,11 +231,11 @@ def _example(example: Example, title: tuple[str, str, int] | None, synthetic: bo
 
 
 def _is_synthetic(results: Results, artefact_key: str) -> bool:
-    if all(facts.synthetic for facts in results.data):
-        return bool(results.data)
     run_key = next((a.run_key for a in results.artefacts if a.key == artefact_key), None)
-    data = next((run.spec.get("data") for run in results.runs if run.key == run_key), None)
-    return isinstance(data, dict) and data.get("kind") == "phantom"
+    run = next((run for run in results.runs if run.key == run_key), None)
+    if run is None:
+        return bool(results.data) and all(facts.synthetic for facts in results.data)
+    return data_of(run, results).synthetic
 
 
 def _data_uri(png: bytes) -> str:

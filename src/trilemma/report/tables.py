@@ -120,9 +120,10 @@ def _main_caption(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Co
         robust += f"; always giving the most frequent answer reaches {_span(shares)}." if shares else "."
     return (
         f"Means over seeds {', '.join(map(str, seeds))}, with 95\u00a0% intervals: Student’s t over seeds, or the mean "
-        "interval of the single models where that is wider. ε is the largest over hospitals and seeds."
+        "interval of the single models where that is wider. ε is for one image, the largest over hospitals and seeds."
         f"{robust} ★ marks what is Pareto-optimal: no other configuration under the same conditions is as good in "
-        "usefulness, ε, robustness and file size and better in one. Pooled (centralised) training is a yardstick and "
+        "usefulness, ε, robustness and file size and better in one. It compares the values alone: where intervals "
+        "overlap, which of two is marked is partly luck. Pooled (centralised) training is a yardstick and "
         "takes no part, nor does a model that answers the same for every image."
     )
 
@@ -194,20 +195,28 @@ def transfer_table(transfer: Transfer, index: int) -> Html:
     """Returns the transfer matrix as a heat map: the darker, the more accuracy survives."""
     notes = Notes(f"note-transfer-{index}")
     body = []
-    for source, values in zip(transfer.sources, transfer.values, strict=True):
-        cells = [
-            tag("td", numbers.NO_VALUE, class_="missing", title="no such pair was attacked", style="--share:0")
-            if value is None
-            else tag("td", tag("data", f"{100 * value:.1f}", value=repr(value)), style=f"--share:{value:.3f}")
-            for value in values
-        ]
+    for source, values, same in zip(transfer.sources, transfer.values, transfer.same_training, strict=True):
+        cells = [_transfer_cell(value, is_same) for value, is_same in zip(values, same, strict=True)]
         body.append(tag("tr", tag("th", source, scope="row"), *cells))
     caption = (
         f"{transfer.evaluation} at radius {numbers.radius(transfer.radius)}: robust accuracy in percent, mean over "
         "seeds. Row: the model on which the images were made. Column: the model that they attack. The darker, the more "
         "answers survive; – where a model would attack itself."
     )
+    if any(map(any, transfer.same_training)):
+        caption += (
+            " † The two are files of one training (where hospitals trained alone: some of the pairs are), nearly the "
+            "same model; no black-box attacker has that file, so the worst over sources leaves it out."
+        )
     return table(caption, [header(["made on ↓  attacks →", *transfer.targets])], body, notes, class_="heat")
+
+
+def _transfer_cell(value: float | None, same_training: bool) -> Html:
+    if value is None:
+        return tag("td", numbers.NO_VALUE, class_="missing", title="no such pair was attacked", style="--share:0")
+    number = tag("data", f"{100 * value:.1f}", value=repr(value))
+    content = [tag("em", number), "†"] if same_training else [number]
+    return tag("td", *content, style=f"--share:{value:.3f}")
 
 
 def cost_table(rows: Sequence[Row]) -> Html:

@@ -18,6 +18,8 @@ class Transfer:
         targets: Column titles.
         values: One tuple per source, one value per target: the mean over all pairs of seeds, or None where no
             pair was attacked.
+        same_training: For each value, whether files of one training are among its pairs: these are nearly the same
+            model, and no black-box attacker has one.
     """
 
     evaluation: str
@@ -25,6 +27,7 @@ class Transfer:
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
+    same_training: tuple[tuple[bool, ...], ...]
 
 
 def transfer_matrices(results: Results) -> tuple[Transfer, ...]:
@@ -36,8 +39,9 @@ def transfer_matrices(results: Results) -> tuple[Transfer, ...]:
 
 
 def _matrix(results: Results, label: str, titles: dict[str, str]) -> Transfer | None:
+    trainings = {artefact.key: artefact.run_key for artefact in results.artefacts}
     samples = [
-        (m.radius, titles.get(m.source, "a model outside this study"), titles[e.artefact_key], m.value)
+        (m.radius, m.source, e.artefact_key, m.value)
         for e in results.evaluated
         if e.kind == "transfer" and e.evaluation == label and e.artefact_key in titles
         for m in e.measurements
@@ -47,13 +51,18 @@ def _matrix(results: Results, label: str, titles: dict[str, str]) -> Transfer | 
         return None
     radius = max(sample[0] for sample in samples)
     pairs: dict[tuple[str, str], list[float]] = {}
+    twins = set()
     for its_radius, source, target, value in samples:
         if its_radius == radius:
-            pairs.setdefault((source, target), []).append(value)
+            pair = titles.get(source, "a model outside this study"), titles[target]
+            pairs.setdefault(pair, []).append(value)
+            if trainings.get(source) == trainings[target]:
+                twins.add(pair)
     sources = _ordered((source for source, _ in pairs), titles.values())
     targets = _ordered((target for _, target in pairs), titles.values())
     values = tuple(tuple(_mean(pairs.get((source, target))) for target in targets) for source in sources)
-    return Transfer(label, radius, sources, targets, values)
+    same = tuple(tuple((source, target) in twins for target in targets) for source in sources)
+    return Transfer(label, radius, sources, targets, values, same)
 
 
 def _ordered(found: Iterable[str], order: Iterable[str]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.specs import AllAtOnce, Transfer
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
-from trilemma.study.combine import combined_key, part_keys
+from trilemma.study.combine import combined_key, pair_keys, part_keys
 from trilemma.study.facts import facts_key
 from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell, Plan, Training
@@ -87,10 +87,10 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
     found = []
     for spec in plan.evaluations:
         combined = isinstance(spec, (Transfer, AllAtOnce))
-        if combined and not part_keys(plan, cell, spec):
-            continue  # a study of one artefact has nothing to transfer from
-        keys = [combined_key(plan, cell, spec)] if combined else [evaluation_key(cell.key, spec)]
-        keys += part_keys(plan, cell, spec) if isinstance(spec, Transfer) else []
+        keys = [] if combined else [evaluation_key(cell.key, spec)]
+        if combined and part_keys(plan, cell, spec):  # a study of one training has nothing to transfer from
+            keys = [combined_key(plan, cell, spec)]
+        keys += pair_keys(plan, cell, spec) if isinstance(spec, Transfer) else []
         rows = [row for key in keys if (row := store.evaluation(key))]
         if len(rows) < len(keys):
             missing.append(f"{spec.label} of {_place(cell)}")

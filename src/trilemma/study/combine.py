@@ -1,4 +1,4 @@
-"""Evaluations that follow from stored outcomes: the worst transfer over all sources, and several attacks at once."""
+"""Evaluations that follow from stored outcomes: the worst transfer from other trainings, and all attacks at once."""
 
 import time
 from collections.abc import Iterator
@@ -35,18 +35,23 @@ def combined_key(plan: Plan, cell: Cell, spec: Transfer | AllAtOnce) -> str:
     """Returns the key of a combined evaluation; with other sources it is another one."""
     specs = spec.attacks if isinstance(spec, AllAtOnce) else (spec,)
     transferred = any(isinstance(part, Transfer) for part in specs)
-    sources = [source.key for source in plan.sources(cell)] if transferred else []
+    sources = [source.key for source in plan.strangers(cell)] if transferred else []
     # "worst" keeps the only pair of a two-artefact study apart from its combination.
     return evaluation_key(cell.key, spec, [*sources, "worst"])
 
 
 def part_keys(plan: Plan, cell: Cell, spec: Transfer | FgsmAttack | PgdAttack | AllAtOnce) -> list[str]:
-    """Returns the keys of the evaluations that an evaluation is made of."""
+    """Returns the keys of the evaluations that an evaluation is made of; transfers count from other trainings only."""
     if isinstance(spec, AllAtOnce):
         return [key for part in spec.attacks for key in part_keys(plan, cell, part)]
     if isinstance(spec, Transfer):
-        return [evaluation_key(cell.key, spec, (source.key,)) for source in plan.sources(cell)]
+        return [evaluation_key(cell.key, spec, (source.key,)) for source in plan.strangers(cell)]
     return [evaluation_key(cell.key, spec)]
+
+
+def pair_keys(plan: Plan, cell: Cell, spec: Transfer) -> list[str]:
+    """Returns the keys of a transfer from every other artefact, the same training's other compressions included."""
+    return [evaluation_key(cell.key, spec, (source.key,)) for source in plan.sources(cell)]
 
 
 def _combined(

@@ -18,7 +18,7 @@ from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell, Plan, Training
 from trilemma.study.progress import Progress
 from trilemma.study.store import Store
-from trilemma.study.train_job import discard_checkpoint, train_job
+from trilemma.study.train_job import train_job
 from trilemma.study.work import Failed, Job, run_jobs
 from trilemma.study.workplace import Workplace
 
@@ -76,7 +76,7 @@ class Engine:
 
     def _store_run(self, row: Any) -> None:
         self.store.add_run(row)
-        discard_checkpoint(self.place, row.key)
+        self.place.files.discard_checkpoint(row.key)
 
     def _compressions(self) -> list[Job]:
         done, jobs = self.store.keys("artefacts"), []

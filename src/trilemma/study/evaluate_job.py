@@ -1,7 +1,7 @@
 """The jobs that measure an artefact: its clean metrics, an attack with all the artefacts it is tried on, its cost."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,7 +64,10 @@ def clean_job(place: Workplace, cell: Cell) -> EvaluationRow:
 
 
 def attack_job(place: Workplace, attack: Attack) -> list[EvaluationRow]:
-    """Makes an attack on its source and judges it on the source, the targets, or both."""
+    """Makes an attack on its source and judges it on the source, the targets, or both.
+
+    Every row bears an equal share of the job's time, so that the rows' seconds add up to what was spent.
+    """
     place.enter()
     started, spec = time.perf_counter(), attack.source.training.spec
     dataset = place.dataset(spec.data)
@@ -87,7 +90,8 @@ def attack_job(place: Workplace, attack: Attack) -> list[EvaluationRow]:
             rows.append(_row(place, cell, attack.spec, (), started, measurements, outcomes, examples))
         elif attack.transfer is not None:
             rows.append(_row(place, cell, attack.transfer, (attack.source.key,), started, measurements, outcomes))
-    return rows
+    share = (time.perf_counter() - started) / max(len(rows), 1)
+    return [replace(row, seconds=share) for row in rows]
 
 
 def cost_job(place: Workplace, cell: Cell, spec: Cost) -> EvaluationRow:

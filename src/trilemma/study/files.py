@@ -45,6 +45,11 @@ class StoreFiles:
         """Returns where the traceback of a failed job goes."""
         return self.folder / "logs" / f"{_name(key)}.txt"
 
+    def discard_checkpoint(self, run_key: str) -> None:
+        """Removes what only an unfinished training needs."""
+        self.checkpoint(run_key).unlink(missing_ok=True)
+        self.progress(run_key).unlink(missing_ok=True)
+
     def remove_partial(self) -> None:
         """Removes what killed processes left of files that they were writing; only the store's one writer may ask."""
         for path in self.folder.glob("*/.*.part"):

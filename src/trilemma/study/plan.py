@@ -71,6 +71,13 @@ class Plan:
             if cell.key != target.key and cell.training.spec.data == own.data and cell.training.spec.seed == own.seed
         )
 
+    def strangers(self, target: Cell) -> tuple[Cell, ...]:
+        """Returns the sources that come from another training: what a black-box attacker could have.
+
+        The same training's other compressions are nearly the target itself.
+        """
+        return tuple(cell for cell in self.sources(target) if cell.training.key != target.training.key)
+
 
 def make_plan(study: Study, where: str) -> Plan:
     """Returns the cells of a study.

@@ -1,5 +1,6 @@
 """Where a number came from: versions, revision, machine."""
 
+import contextlib
 import os
 import platform
 import resource
@@ -35,8 +36,24 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {**_machine(), "device": name, "threads": torch.get_num_threads()}
 
 
+def reset_peak_memory() -> None:
+    """Starts the count of `peak_memory_bytes` anew; a worker process does one job after another.
+
+    Only Linux can (proc(5), clear_refs); elsewhere, and where the kernel forbids it, nothing happens.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes() -> int:
-    """Returns the largest resident set that this process has had."""
+    """Returns the largest resident set (main memory, not a GPU's) that this process has had.
+
+    On Linux since `reset_peak_memory`; elsewhere since the process began, so that an earlier job may have set it.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
@@ -58,11 +75,16 @@ def _cpu_flags() -> list[str]:
 
 
 def _git_revision() -> str:
-    """Returns the revision of the source tree that the package runs from, "+changes" if it was edited, or ""."""
-    folder = Path(__file__).parent
+    """Returns the revision of the source tree that the package runs from, "+changes" if it was edited, or "".
+
+    An installed package may lie below somebody else's repository, whose revision says nothing: only one that tracks
+    this very file counts.
+    """
+    file = Path(__file__)
     try:
-        revision = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        revision = _git(file.parent, "rev-parse", "HEAD")
+        changed = _git(file.parent, "status", "--porcelain", "--untracked-files=no", ".")
     except (OSError, subprocess.SubprocessError):
         return ""
     return revision + ("+changes" if changed else "")

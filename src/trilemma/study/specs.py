@@ -27,7 +27,7 @@ class Study(Spec):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     question: str = Field(min_length=1, max_length=500)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
-    base: dict[str, Any]
+    base: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
     baselines: list[dict[str, Any]] = []
     compressions: tuple[CompressionSpec, ...] = Field(default=(NoCompression(),), min_length=1)

@@ -46,6 +46,8 @@ class Store:
             self.files.remove_partial()
         try:
             self._db = self._open(write)
+            if write:
+                self._remove_stale_checkpoints()
         except BaseException:
             self._release()
             raise
@@ -96,6 +98,11 @@ class Store:
                 for statement in script.split(";"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {number}")
+
+    def _remove_stale_checkpoints(self) -> None:
+        """Removes what is left where a process was killed between storing a training and discarding its checkpoint."""
+        for key in self.keys("runs"):
+            self.files.discard_checkpoint(key)
 
     def _failure(self, error: sqlite3.Error) -> Failure:
         text = str(error)

@@ -10,7 +10,7 @@ from trilemma.federation.training import guarantee, initial_state, prepare
 from trilemma.models.vector import num_params
 from trilemma.study.files import load_tensors, save_tensors
 from trilemma.study.plan import Training
-from trilemma.study.provenance import peak_memory_bytes, provenance
+from trilemma.study.provenance import peak_memory_bytes, provenance, reset_peak_memory
 from trilemma.study.rows import RunRow
 from trilemma.study.workplace import Workplace
 
@@ -18,6 +18,7 @@ from trilemma.study.workplace import Workplace
 def train_job(place: Workplace, training: Training) -> RunRow:
     """Trains what is left to train, round by round with a checkpoint after each, and stores the weights."""
     place.enter()
+    reset_peak_memory()
     dataset = place.dataset(training.spec.data)
     federation = prepare(training.spec, dataset, place.torch_device)
     state = _resume(place, training, federation, dataset.fingerprint) or initial_state(federation)
@@ -39,12 +40,6 @@ def train_job(place: Workplace, training: Training) -> RunRow:
         peak_memory_bytes=peak_memory_bytes(),
         num_parameters=num_params(federation.classifier),
     )
-
-
-def discard_checkpoint(place: Workplace, run_key: str) -> None:
-    """Removes what only an unfinished training needs."""
-    place.files.checkpoint(run_key).unlink(missing_ok=True)
-    place.files.progress(run_key).unlink(missing_ok=True)
 
 
 def _checkpoint(place: Workplace, training: Training, state: TrainingState, fingerprint: str) -> None:

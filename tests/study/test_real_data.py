@@ -1,0 +1,70 @@
+"""The whole line on real images: train, export, quantise, attack, and the published level of accuracy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.tiny_study import plan_of, run_plan, write_study
+from trilemma.data.roots import DataRoots
+from trilemma.evaluation.specs import Clean
+from trilemma.study.assemble import assemble
+from trilemma.study.store import Store
+
+STUDIES = Path(__file__).parents[2] / "studies"
+
+SHORT = """
+name = "short"
+question = "Does the line hold on real images?"
+seeds = [0]
+base.rounds = 2
+base.data = { kind = "medmnist", name = "pneumoniamnist", size = 28 }
+base.partition = { kind = "iid", num_clients = 3 }
+base.model = { kind = "resnet9", width = 16 }
+base.local = { optimizer = "adam", learning_rate = 0.001, batch_size = 32, schedule = "cosine" }
+
+[[compressions]]
+kind = "none"
+[[compressions]]
+kind = "int8"
+calibration = "public"
+
+[[evaluations]]
+kind = "clean"
+[[evaluations]]
+kind = "pgd"
+radii = ["4/255"]
+steps = 5
+"""
+
+
+def run(plan, folder, real_data):
+    """Runs a plan on the real images, offline, and returns its results."""
+    run_plan(plan, folder, DataRoots(real_data, folder / "cache", offline=True))
+    with Store(folder) as store:
+        return assemble(plan, store, "", "")
+
+
+def value_of(results, artefact, metric):
+    """Returns an artefact's only measurement of a metric over the whole test set."""
+    found = [
+        measurement.value
+        for evaluated in results.evaluated
+        if evaluated.artefact_key == artefact.key
+        for measurement in evaluated.measurements
+        if measurement.metric == metric and measurement.client is None
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.mark.real_data
+def test_a_short_federated_training_survives_int8_and_not_pgd(real_data, tmp_path):
+    results = run(plan_of(write_study(tmp_path, SHORT)), tmp_path / "store", real_data)
+    assert not results.missing
+    fp32, int8 = results.artefacts
+    assert (fp32.compression, int8.compression[:4]) == ("fp32", "int8")
+    assert fp32.file_bytes >= 3.5 * int8.file_bytes
+    clean = {artefact.key: value_of(results, artefact, "accuracy") for artefact in results.artefacts}
+    print(clean, fp32.file_bytes/int8.file_bytes, [value_of(results, a, "robust_accuracy") for a in results.artefacts], [value_of(results, a, "auroc") for a in results.artefacts], [e.seconds for e in results.evaluated], [r.seconds for r in results.runs])
+    assert abs(clean[fp32.key] - clean[int8.key]) <= 0.01
