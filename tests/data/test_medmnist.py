@@ -179,3 +179,13 @@ def test_default_roots_follow_the_environment(monkeypatch):
     monkeypatch.delenv("TRILEMMA_CACHE")
     monkeypatch.delenv("TRILEMMA_OFFLINE")
     assert default_roots() == DataRoots(Path("data"), Path("~/.cache/trilemma").expanduser(), False)
+
+
+def test_the_home_of_nobody_is_named(monkeypatch, tmp_path):
+    from trilemma.data.roots import default_roots
+
+    with pytest.raises(UserError, match="~nobody-of-this-name/x: begins with a home folder"):
+        DataRoots(tmp_path, tmp_path).locate("~nobody-of-this-name/x")
+    monkeypatch.setenv("TRILEMMA_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(UserError, match="~nobody-of-this-name/cache"):
+        default_roots()

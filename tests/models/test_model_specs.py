@@ -124,7 +124,7 @@ def test_a_tiny_image_is_the_users_mistake():
         ({"kind": "resnet9", "width": 10, "groups": 4}, "does not divide width = 10"),
         ({"kind": "resnet18", "norm": "batch", "groups": 4}, "belongs to norm = 'group'"),
         ({"kind": "resnet9", "widht": 8}, "Extra inputs"),
-        ({"kind": "resnet9", "std": 0}, "greater than 0"),
+        ({"kind": "resnet9", "std": 0}, "greater than or equal to 0.01"),
         ({"kind": "resnet7"}, "'resnet9', 'resnet18', 'monai'"),
         ({"kind": "resnet18", "stem": "huge"}, "'small' or 'large'"),
     ],
@@ -156,3 +156,10 @@ def test_instance_norm_counts_only_with_running_statistics():
     assert batch_norm_layers(nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3))) == []
     assert batch_norm_layers(tracking) == ["1", "2"]
     assert batch_norm_layers(nn.BatchNorm1d(3)) == [""]
+
+
+@pytest.mark.parametrize("field", [{"mean": 1e300}, {"mean": -0.1}, {"std": 0.0}, {"std": 1e-300}, {"std": 1e300}])
+@pytest.mark.parametrize("kind", [{"kind": "resnet9"}, {"kind": "resnet18"}, {"kind": "monai", "network": "DenseNet"}])
+def test_a_normalisation_that_would_wipe_out_the_image_is_refused(kind, field):
+    with pytest.raises(ValidationError, match=next(iter(field))):
+        TypeAdapter(ModelSpec).validate_python(kind | field)

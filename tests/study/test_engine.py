@@ -1,7 +1,10 @@
 """The engine does what is missing, once, in any number of processes, with the same numbers."""
 
+import os
 import shutil
 import sqlite3
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +12,15 @@ import torch
 from helpers.pictures import write_image, write_images
 from helpers.tiny_study import SMALLEST, TINY, plan_of, rows_of, run_plan, write_study
 from trilemma.errors import Failure
-from trilemma.evaluation.specs import AllAtOnce, Cost, Transfer
+from trilemma.evaluation.specs import AllAtOnce, Clean, Cost, Transfer
 from trilemma.study.assemble import assemble
 from trilemma.study.combine import combined_key, part_keys
+from trilemma.study.engine import attacks_to_make
+from trilemma.study.evaluate_job import attack_job
 from trilemma.study.files import StoreFiles
 from trilemma.study.keys import evaluation_key
 from trilemma.study.store import Store
+from trilemma.study.workplace import Workplace
 
 
 def copied(folder, tmp_path):
@@ -242,3 +248,14 @@ def test_latency_is_measured_alone(finished):
     kinds = [kind for (kind,) in db.execute("SELECT json_extract(spec, '$.kind') FROM evaluations ORDER BY rowid")]
     db.close()
     assert kinds[-4:] == ["cost"] * 4 and "cost" not in kinds[:-4]
+
+
+def test_the_seconds_of_an_attack_are_counted_once(finished, tiny_plan, roots):
+    """A job that judges one attack on several artefacts gives each row its share, so that rows add up to the job."""
+    place = Workplace(finished, roots, "cpu", 1, os.getpid())
+    with Store(finished) as store:
+        clean = {c.key: store.outcomes(evaluation_key(c.key, Clean()))[0].logits_NK for c in tiny_plan.cells}
+    attack = replace(attacks_to_make(tiny_plan, set(), set(clean))[0], clean=clean)
+    started = time.perf_counter()
+    rows = attack_job(place, attack)
+    assert len(rows) == 4 and 0 < sum(row.seconds for row in rows) <= time.perf_counter() - started

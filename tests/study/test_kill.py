@@ -44,19 +44,23 @@ def kill_group(process: subprocess.Popen) -> None:
     psutil.wait_procs(workers, timeout=30)
 
 
-def kill_after(process: subprocess.Popen, wanted: str, delay: float) -> bool:
-    """Kills a run some time after it has printed `wanted`; returns whether it was still running."""
+def kill_after(process: subprocess.Popen, delay: float, report: Path) -> str:
+    """Kills a run some time after it has said that there is work.
+
+    Returns:
+        "killed"; "ended" if the report was written before; "idle" if there was nothing to do but that.
+    """
     assert process.stdout is not None
-    for line in process.stdout:
-        if wanted in line:
-            break
+    if not any(" to do" in line for line in process.stdout):
+        process.communicate()
+        return "idle"
     time.sleep(delay)
-    running = process.poll() is None
-    if running:
+    ended = report.exists()
+    if process.poll() is None:
         kill_group(process)
     else:
         process.communicate()
-    return running
+    return "ended" if ended else "killed"
 
 
 def kill_at_round(process: subprocess.Popen, progress: Path, round_number: int) -> None:
@@ -70,21 +74,55 @@ def kill_at_round(process: subprocess.Popen, progress: Path, round_number: int) 
     kill_group(process)
 
 
-#: The stage in which each kill falls, and the number of processes; each run goes on from where the last one was killed.
-MOMENTS = (("training:", 2), ("compressing:", 1), ("clean metrics:", 1), ("attacking:", 2), ("attacking:", 1))
+#: Processes of each run; two of them start so slowly that more would only be killed in that.
+JOBS = (2, 1, 1, 1, 1)
+
+
+def stored_seconds(folder: Path) -> float:
+    """Returns how much work a store holds, in the seconds that it took."""
+    with Store(folder, write=True) as store:  # a reader may not undo what a killed writer left half done
+        runs, artefacts, evaluations = (
+            [get(key) for key in store.keys(table)]
+            for table, get in (("runs", store.run), ("artefacts", store.artefact), ("evaluations", store.evaluation))
+        )
+    return sum(row.seconds for row in (*runs, *artefacts, *evaluations) if row is not None)
+
+
+def kill_within(study: Path, store: Path, roots, jobs: int, delay: float, spare: Path) -> bool:
+    """Goes on with a run and kills it after `delay`, or earlier if it ends before; False if nothing was left to do."""
+    if store.exists():
+        shutil.copytree(store, spare)
+    for _ in range(10):
+        outcome = kill_after(start(study, store, roots, jobs), delay, store / "reports" / "tiny.html")
+        if outcome != "ended":
+            return outcome == "killed"
+        shutil.rmtree(store)
+        if spare.exists():
+            shutil.copytree(spare, store)
+        delay *= 0.7
+    raise AssertionError(f"it ends before it can be killed, even {delay} seconds after its start")
 
 
 def test_killed_five_times_it_ends_with_the_rows_of_an_undisturbed_run(finished, roots, tmp_path):
+    """At five moments of the work, from the first training to the report; each run goes on where the last one died."""
     study, store = write_study(tmp_path), tmp_path / "store"
-    moments = random.Random(5)
-    for number, (stage, jobs) in enumerate(MOMENTS):
-        assert kill_after(start(study, store, roots, jobs), stage, moments.uniform(0, 0.25))
+    seed = random.randrange(2**32)
+    print(f"moments of seed {seed}")  # shown if it fails
+    moments, undisturbed = random.Random(seed), rows_of(finished)
+    # Beyond what the jobs took lie combining, the report and what comes between.
+    whole = 1.2 * stored_seconds(shutil.copytree(finished, tmp_path / "measured"))
+    for number, jobs in enumerate(JOBS):
+        fraction = moments.uniform(number, number + 1) / len(JOBS)
+        delay = max(0.0, fraction * whole - (stored_seconds(store) if store.exists() else 0.0))
+        if not kill_within(study, store, roots, jobs, delay, tmp_path / f"spare {number}"):
+            assert number >= 2, "it was done before it was killed often enough"
+            break
         if (store / "store.db").exists() and (store / "store.db").stat().st_size:
-            undisturbed = rows_of(finished)
             cut = rows_of(shutil.copytree(store, tmp_path / f"cut {number}"), recover=True)
+            print(f"killed after {fraction:.0%}:", {table: len(rows) for table, rows in cut.items()})
             assert all(row in undisturbed[t] for t in cut if t != "studies" for row in cut[t])  # whole rows only
     finish(start(study, store, roots, 1))
-    after, undisturbed = rows_of(store), rows_of(finished)
+    after = rows_of(store)
     for table in set(after) - {"studies"}:  # a study's text is its file's
         assert after[table] == undisturbed[table], table
     assert (store / "reports" / "tiny.html").is_file()

@@ -17,7 +17,7 @@ SHORT = """
 name = "short"
 question = "Does the line hold on real images?"
 seeds = [0]
-base.rounds = 2
+base.rounds = 3
 base.data = { kind = "medmnist", name = "pneumoniamnist", size = 28 }
 base.partition = { kind = "iid", num_clients = 3 }
 base.model = { kind = "resnet9", width = 16 }
@@ -34,7 +34,7 @@ kind = "clean"
 [[evaluations]]
 kind = "pgd"
 radii = ["4/255"]
-steps = 5
+steps = 3
 """
 
 
@@ -63,8 +63,25 @@ def test_a_short_federated_training_survives_int8_and_not_pgd(real_data, tmp_pat
     results = run(plan_of(write_study(tmp_path, SHORT)), tmp_path / "store", real_data)
     assert not results.missing
     fp32, int8 = results.artefacts
-    assert (fp32.compression, int8.compression[:4]) == ("fp32", "int8")
+    assert fp32.compression == "fp32" and int8.compression.startswith("int8")
     assert fp32.file_bytes >= 3.5 * int8.file_bytes
-    clean = {artefact.key: value_of(results, artefact, "accuracy") for artefact in results.artefacts}
-    print(clean, fp32.file_bytes/int8.file_bytes, [value_of(results, a, "robust_accuracy") for a in results.artefacts], [value_of(results, a, "auroc") for a in results.artefacts], [e.seconds for e in results.evaluated], [r.seconds for r in results.runs])
-    assert abs(clean[fp32.key] - clean[int8.key]) <= 0.01
+    accuracy, auroc, robust = (
+        [value_of(results, artefact, metric) for artefact in (fp32, int8)]
+        for metric in ("accuracy", "auroc", "robust_accuracy")
+    )
+    assert min(accuracy) > 0.75 and min(auroc) > 0.9  # a constant model has 0.625 and 0.5
+    assert abs(accuracy[0] - accuracy[1]) <= 0.01
+    assert all(attacked < clean - 0.05 for attacked, clean in zip(robust, accuracy, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_the_federated_configuration_reaches_the_published_level(real_data, tmp_path):
+    """Acceptance floors for one seed; the published centralised ResNet-18 has AUROC .944 to .950 (MedMNIST v2)."""
+    plan = plan_of(STUDIES / "pneumoniamnist.toml", "seeds=[0]")
+    (training,) = (training for training in plan.trainings if training.configuration == "federated")
+    (cell,) = (c for c in plan.cells if c.training.key == training.key and c.compression.kind == "none")
+    results = run(replace(plan, trainings=(training,), cells=(cell,), evaluations=(Clean(),)), tmp_path, real_data)
+    (artefact,) = results.artefacts
+    assert value_of(results, artefact, "auroc") >= 0.95
+    assert value_of(results, artefact, "accuracy") >= 0.86

@@ -227,3 +227,16 @@ def test_nothing_is_stored_of_what_is_not_there(store, tmp_path):
 def test_a_reader_cannot_write(store, tmp_path):
     with Store(tmp_path / "store") as reader, pytest.raises(Failure, match="readonly"):
         reader.open_study("a", "b", "c")
+
+
+def test_a_writer_removes_the_checkpoint_of_a_stored_training(store, tmp_path):
+    """A process may be killed between storing a training and removing its checkpoint."""
+    store.__exit__()
+    for key in (RUN.key, "s1:unfinished"):
+        for path in (store.files.checkpoint(key), store.files.progress(key)):
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    with Store(tmp_path / "store", write=True):
+        pass
+    left = {store.files.checkpoint("s1:unfinished"), store.files.progress("s1:unfinished")}
+    assert set((tmp_path / "store" / "checkpoints").iterdir()) == left
