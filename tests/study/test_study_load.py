@@ -99,8 +99,13 @@ def test_a_missing_part_of_a_study_is_named(tmp_path):
         text = "\n".join(line for line in TINY.splitlines() if not line.startswith(f"{part} ="))
         with pytest.raises(UserError, match=f"{part}: is required but missing"):
             plan_of(write_study(tmp_path, text))
-    with pytest.raises(UserError, match="base.data: is required but missing"):
-        plan_of(write_study(tmp_path, 'name = "a"\nquestion = "b"\n[base]\nrounds = 2\n'))
+    with pytest.raises(UserError, match="base.partition.num_clients: is required but missing"):
+        plan_of(write_study(tmp_path, 'name = "a"\nquestion = "b"\n[base]\npartition = { kind = "iid" }\n'))
+
+
+def test_a_name_and_a_question_are_enough_and_run_on_phantoms(tmp_path):
+    (training,) = plan_of(write_study(tmp_path, 'name = "a"\nquestion = "b"\n')).trainings
+    assert training.spec.data.kind == "phantom"
 
 
 @pytest.mark.parametrize(
