@@ -93,7 +93,7 @@ def _body(results: Results, rows: Sequence[Row]) -> Html:
 
 def _header(results: Results) -> Html:
     facts: list[Content] = [
-        [tag("b", ", ".join(f.name for f in results.data) or "no data yet"), _synthetic(results)],
+        [tag("b", ", ".join(_data_names(results)) or "no data yet"), _synthetic(results)],
         [tag("b", str(len({run.configuration for run in results.runs}))), " configurations"],
         [tag("b", str(len(results.seeds))), " seeds" if len(results.seeds) != 1 else " seed"],
         [tag("b", str(len(results.runs))), " trainings, ", tag("b", str(len(results.artefacts))), " artefacts"],
@@ -105,6 +105,11 @@ def _header(results: Results) -> Html:
         tag("p", results.question, class_="lead", id="question"),
         tag("ul", *(tag("li", fact) for fact in facts), class_="facts"),
     )
+
+
+def _data_names(results: Results) -> list[str]:
+    """Returns the name of each data set and partition once, whatever the number of seeds."""
+    return list(dict.fromkeys(facts.name.partition(", seed ")[0] for facts in results.data))
 
 
 def _synthetic(results: Results) -> Content:
