@@ -206,3 +206,13 @@ def test_labels():
         "PGD-2 training Linf 4/255",
         "PGD-2 step 0.7 training L2 0.5 (50 %)",
     ]
+
+
+@pytest.mark.parametrize("member", [FgsmTraining, PgdTraining])
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 0.0), (0.1, 0.25), (0.4, 1.0), (1.0, 1.0)])
+def test_the_radius_grows_during_the_warm_up(member, progress, share):
+    classifier, x, y = setting()
+    spec = member(radius=8 / 255, warmup=0.4)
+    views = spec.make(progress).views(classifier, x, y, torch.Generator().manual_seed(0))
+    same_radius = member(radius=share * 8 / 255)
+    assert torch.equal(views, crafted(same_radius, classifier, x, y))

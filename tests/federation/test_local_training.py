@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tiny_federation import DP, tiny_dataset, tiny_federation, tiny_spec
+from helpers.tiny_federation import DP, tiny_dataset, tiny_federation, tiny_spec, trained_state
 from trilemma.federation import local_training
 from trilemma.federation.clients import Client, Shard
 from trilemma.federation.local_training import batches, learning_rate, load_model, local_train, mean_gradient
@@ -184,3 +184,16 @@ def test_two_trainings_of_one_seed_share_no_noise_and_no_private_batches():
         batch_lists.append(list(batches(federation.spec, client, 32, 0)))
     assert abs(float(torch.corrcoef(torch.stack(updates))[0, 1])) < 5 / len(updates[0]) ** 0.5
     assert batch_lists[0] != batch_lists[1]
+
+
+def test_a_defence_warms_up_with_the_rounds():
+    plain, warm = (
+        trained_state(tiny_federation(defence=defence), rounds=1)
+        for defence in ({"kind": "none"}, {"kind": "fgsm", "radius": 0.1, "warmup": 1.0})
+    )
+    assert torch.equal(plain.params_P, warm.params_P)
+    plain, warm = (
+        trained_state(tiny_federation(defence=defence))
+        for defence in ({"kind": "none"}, {"kind": "fgsm", "radius": 0.1, "warmup": 1.0})
+    )
+    assert not torch.equal(plain.params_P, warm.params_P)

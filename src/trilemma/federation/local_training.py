@@ -53,7 +53,7 @@ def local_train(
         optimizer_state: To go on with; None starts afresh.
     """
     device = classifier.device
-    objective, optimizer = spec.defence.make(), spec.local.make()
+    optimizer = spec.local.make()
     params_P = start_P = get_params(classifier)
     state = optimizer_state if optimizer_state is not None else optimizer.init(params_P)
     changes = generator(spec.seed, "augmentation", round_index, client.number)
@@ -63,6 +63,8 @@ def local_train(
     classifier.train()
     with global_seed(spec.seed, "dropout", round_index, client.number):
         for step, index in enumerate(batches(spec, client, len(records), round_index)):
+            time = round_index + step / client.steps  # in rounds
+            objective = spec.defence.make(time / spec.rounds)
             x_BCHW, y_B = records.x(index).to(device), records.y(index).to(device)
             if index:  # a Poisson-sampled batch may be empty
                 x_BCHW = augment(x_BCHW, spec.local.augmentation.shift, spec.local.augmentation.flip, changes)
@@ -74,7 +76,7 @@ def local_train(
                 gradient_P, loss_B = client.plan.noised_mean(clipped.sum_P, noise), clipped.losses_B
             if isinstance(spec.algorithm, FedProx):
                 gradient_P = gradient_P + spec.algorithm.mu * (params_P - start_P)
-            rate = learning_rate(spec, round_index + step / client.steps)
+            rate = learning_rate(spec, time)
             params_P, state = optimizer.step(params_P, gradient_P, state, rate)
             set_params(classifier, params_P)
             total_loss, seen = total_loss + float(loss_B.sum()), seen + len(loss_B)

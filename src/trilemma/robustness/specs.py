@@ -23,8 +23,8 @@ class NoDefence(Spec):
         """Returns a short name for tables."""
         return "none"
 
-    def make(self) -> Objective:
-        """Returns the objective."""
+    def make(self, progress: float = 1.0) -> Objective:
+        """Returns the objective; `progress` is the share of the training that is done."""
         return standard()
 
 
@@ -35,12 +35,15 @@ class FgsmTraining(Spec):
         norm: "linf" or "l2".
         radius: In pixel units; may be written as "4/255".
         fraction: Probability with which a record is adversarial, drawn for each record alone.
+        warmup: Share of the training over which the radius grows in proportion from 0; spares a model that has not
+            learned anything yet, above all under differential privacy, from collapsing to a constant.
     """
 
     kind: Literal["fgsm"] = "fgsm"
     norm: Norm = "linf"
     radius: Radius = 4 / 255
     fraction: float = Field(default=1.0, ge=0, le=1)
+    warmup: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _radius_fits(self) -> "FgsmTraining":
@@ -50,11 +53,12 @@ class FgsmTraining(Spec):
     @property
     def label(self) -> str:
         """Returns a short name for tables."""
-        return f"FGSM training {Budget(self.norm, self.radius).label}{_share(self.fraction)}"
+        return f"FGSM training {Budget(self.norm, self.radius).label}{_variant(self.fraction, self.warmup)}"
 
-    def make(self) -> Objective:
-        """Returns the objective."""
-        return adversarial(partial(fgsm, random_start=True), Budget(self.norm, self.radius), self.fraction)
+    def make(self, progress: float = 1.0) -> Objective:
+        """Returns the objective; `progress` is the share of the training that is done."""
+        budget = Budget(self.norm, _warmed_up(self.radius, self.warmup, progress))
+        return adversarial(partial(fgsm, random_start=True), budget, self.fraction)
 
 
 class PgdTraining(Spec):
@@ -66,6 +70,8 @@ class PgdTraining(Spec):
         steps: Steps per image; each is a forward and a backward pass to the pixels.
         step_size: Length of a step over the radius; None for 2.5 / steps.
         fraction: Probability with which a record is adversarial, drawn for each record alone.
+        warmup: Share of the training over which the radius grows in proportion from 0; spares a model that has not
+            learned anything yet, above all under differential privacy, from collapsing to a constant.
     """
 
     kind: Literal["pgd"] = "pgd"
@@ -74,6 +80,7 @@ class PgdTraining(Spec):
     steps: int = Field(default=7, ge=1)
     step_size: float | None = Field(default=None, gt=0)
     fraction: float = Field(default=1.0, ge=0, le=1)
+    warmup: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _radius_fits(self) -> "PgdTraining":
@@ -84,16 +91,23 @@ class PgdTraining(Spec):
     def label(self) -> str:
         """Returns a short name for tables."""
         step = "" if self.step_size is None else f" step {self.step_size:g}"
-        return f"PGD-{self.steps}{step} training {Budget(self.norm, self.radius).label}{_share(self.fraction)}"
+        variant = _variant(self.fraction, self.warmup)
+        return f"PGD-{self.steps}{step} training {Budget(self.norm, self.radius).label}{variant}"
 
-    def make(self) -> Objective:
-        """Returns the objective."""
+    def make(self, progress: float = 1.0) -> Objective:
+        """Returns the objective; `progress` is the share of the training that is done."""
+        budget = Budget(self.norm, _warmed_up(self.radius, self.warmup, progress))
         attack = partial(pgd, steps=self.steps, step_size=self.step_size, keep_best=False)
-        return adversarial(attack, Budget(self.norm, self.radius), self.fraction)
+        return adversarial(attack, budget, self.fraction)
 
 
 DefenceSpec = Annotated[NoDefence | FgsmTraining | PgdTraining, Field(discriminator="kind")]
 
 
-def _share(fraction: float) -> str:
-    return "" if fraction == 1 else f" ({100 * fraction:g} %)"
+def _variant(fraction: float, warmup: float) -> str:
+    share = "" if fraction == 1 else f" ({100 * fraction:g} %)"
+    return share + ("" if warmup == 0 else f", warm-up {100 * warmup:g} %")
+
+
+def _warmed_up(radius: float, warmup: float, progress: float) -> float:
+    return radius if progress >= warmup else radius * progress / warmup
