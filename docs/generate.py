@@ -151,10 +151,17 @@ def cli_page() -> str:
     """Returns the help of every command, as plain text of a fixed width."""
     group = typer.main.get_command(app)
     parts = [NOTICE, CLI_INTRO.strip(), _help(group, "trilemma")]
-    commands = getattr(group, "commands")  # noqa: B009 - the static type does not know that it is a group
-    for name, command in commands.items():
-        parts += [f"## trilemma {name}", _help(command, f"trilemma {name}")]
+    parts += _commands(group, "trilemma", "##")
     return "\n\n".join(parts).replace(NOTICE + "\n", NOTICE) + "\n"
+
+
+def _commands(group: Any, prefix: str, heading: str) -> list[str]:
+    """Returns a section for each command of a group, and below it for each command of that."""
+    parts = []
+    for name, command in getattr(group, "commands", {}).items():
+        parts += [f"{heading} {prefix} {name}", _help(command, f"{prefix} {name}")]
+        parts += _commands(command, f"{prefix} {name}", f"{heading}#")
+    return parts
 
 
 def _help(command: Any, name: str) -> str:
@@ -186,9 +193,10 @@ def _section(name: str, annotation: Any) -> list[str]:
             parts.append(f'### {name}: `kind = "{kind}"`')
         parts += [_about(spec), _table(spec)]
         for inner, field in spec.model_fields.items():
-            inside = kinds(field.annotation)
-            if inside and not inside[0].kind:  # a table within the table; unions are described in their own place
-                parts += [f"### {name}.{inner}", _about(inside[0].spec), _table(inside[0].spec)]
+            for table in kinds(field.annotation):
+                if table not in members:  # a table within the table, described here unless it is in this section
+                    heading = f"### {name}.{inner}" + (f': `kind = "{table.kind}"`' if table.kind else "")
+                    parts += [heading, _about(table.spec), _table(table.spec)]
     return parts
 
 

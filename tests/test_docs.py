@@ -98,6 +98,7 @@ SECTIONS = {
     "ServerSpec": "base.server",
     "DefenceSpec": "base.defence",
     "PrivacySpec": "base.privacy",
+    "ClippingSpec": "base.privacy.clipping",
     "ThreatSpec": "base.threat",
     "CompressionSpec": "compressions",
     "EvaluationSpec": "evaluations",
@@ -125,6 +126,10 @@ def test_every_command_is_documented():
     names = [command.name or command.callback.__name__ for command in app.registered_commands]
     assert len(names) >= 7
     assert all(f"## trilemma {name}\n" in text for name in names)
+    for group in app.registered_groups:
+        inner = [command.name or command.callback.__name__ for command in group.typer_instance.registered_commands]
+        assert inner
+        assert all(f"### trilemma {group.typer_instance.info.name} {name}\n" in text for name in inner)
     assert max(map(len, text.partition("```text")[2].splitlines())) <= 100
 
 

@@ -8,6 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trilemma.cli_ledger import ledger_app
+from trilemma.cli_options import (
+    DEFAULT_STORE,
+    DataFolder,
+    LedgerFolder,
+    Overrides,
+    StoreFolder,
+    StudyFile,
+    console,
+    data_roots,
+    load_plan,
+)
 from trilemma.errors import TrilemmaError, UserError
 
 if TYPE_CHECKING:
@@ -24,15 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.", show_default=False)]
-StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.", envvar="TRILEMMA_STORE")]
-DataFolder = Annotated[
-    Path | None, typer.Option("--data", help="Folder of your images.", envvar="TRILEMMA_DATA", show_default="./data")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a field, as in --set base.rounds=2; may be repeated.")
-]
-DEFAULT_STORE = Path("results")
+app.add_typer(ledger_app)
 
 
 class _Stopped(Exception):
@@ -51,21 +55,23 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="Torch threads of each process.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    ledgers: LedgerFolder = None,
 ) -> None:
     """Train, compress, attack and report: whatever of the study is not in the store yet."""
     from trilemma.report.html import write_report
     from trilemma.study.engine import Engine
     from trilemma.study.progress import Progress
     from trilemma.study.store import Store
-    from trilemma.study.workplace import Workplace, choose_device
+    from trilemma.study.workplace import Books, Workplace, choose_device
 
-    plan = _plan(study_file, overrides)
-    console = _console()
-    place = Workplace(store.resolve(), _roots(data), choose_device(device), threads, os.getpid())
+    plan = load_plan(study_file, overrides)
+    terminal = console()
+    books = Books(ledgers.resolve(), plan.study.name) if ledgers else None
+    place = Workplace(store.resolve(), data_roots(data), choose_device(device), threads, os.getpid(), books)
     with Store(store, write=True) as opened:
         opened.open_study(plan.study.name, plan.study.question, study_file.read_text(encoding="utf-8"))
         try:
-            Engine(plan, opened, place, jobs or os.cpu_count() or 1, Progress(console, quiet)).run()
+            Engine(plan, opened, place, jobs or os.cpu_count() or 1, Progress(terminal, quiet)).run()
         except KeyboardInterrupt as stop:
             raise _Stopped from stop
         finally:
@@ -74,18 +80,22 @@ def run(
             path = _report_path(results, opened.files.reports())
             if results.runs:
                 write_report(results, path)
-    _print_answer(console, results, path)
+    _print_answer(terminal, results, path)
 
 
 @app.command()
 def check(
-    study_file: StudyFile, store: StoreFolder = DEFAULT_STORE, data: DataFolder = None, overrides: Overrides = None
+    study_file: StudyFile,
+    store: StoreFolder = DEFAULT_STORE,
+    data: DataFolder = None,
+    overrides: Overrides = None,
+    ledgers: LedgerFolder = None,
 ) -> None:
     """Say what a study would do, what of it is in the store, and what can carry no guarantee, without running it."""
     from trilemma.study.check import check_study
 
-    plan = _plan(study_file, overrides)
-    check_study(plan, store, _roots(data), _console())
+    plan = load_plan(study_file, overrides)
+    check_study(plan, store, data_roots(data), console(), ledgers)
 
 
 @app.command()
@@ -101,13 +111,13 @@ def report(
     from trilemma.report.html import write_report
     from trilemma.study.store import Store
 
-    plan = _plan(study_file, overrides)
+    plan = load_plan(study_file, overrides)
     with Store(store) as opened:
         results = _results(plan, opened, study_file, overrides)
         path = out or _report_path(results, opened.files.reports())
     _refuse_empty(results, store)
     write_report(results, path)
-    _print_answer(_console(), results, path)
+    _print_answer(console(), results, path)
 
 
 @app.command()
@@ -125,12 +135,12 @@ def export(
     writer = writers.get(out.suffix.lower())
     if writer is None:
         raise UserError(str(out), "has no known ending", f"Use one of {', '.join(writers)}")
-    plan = _plan(study_file, overrides)
+    plan = load_plan(study_file, overrides)
     with Store(store) as opened:
         results = _results(plan, opened, study_file, overrides)
     _refuse_empty(results, store)
     writer(results, out)
-    _console().print(f"wrote {out}", highlight=False)
+    console().print(f"wrote {out}", highlight=False)
 
 
 @app.command("list")
@@ -140,7 +150,7 @@ def list_studies(store: StoreFolder = DEFAULT_STORE) -> None:
     from trilemma.study.store import Store
 
     with Store(store) as opened:
-        list_store(opened, _console())
+        list_store(opened, console())
 
 
 @app.command()
@@ -153,7 +163,7 @@ def show(
     from trilemma.study.store import Store
 
     with Store(store) as opened:
-        show_key(opened, key, _console())
+        show_key(opened, key, console())
 
 
 @app.command()
@@ -161,7 +171,7 @@ def data(study_file: StudyFile, data: DataFolder = None, overrides: Overrides = 
     """Show what a study's source holds and how it is partitioned over the hospitals."""
     from trilemma.study.check import show_data
 
-    show_data(_plan(study_file, overrides), _roots(data), _console())
+    show_data(load_plan(study_file, overrides), data_roots(data), console())
 
 
 def version_callback(wanted: bool) -> None:
@@ -213,28 +223,6 @@ def _keep_traceback() -> str:
     return file.name
 
 
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console()
-
-
-def _plan(study_file: Path, overrides: list[str] | None) -> "Plan":
-    from trilemma.study.load import load_study
-    from trilemma.study.plan import make_plan
-
-    return make_plan(load_study(study_file, tuple(overrides or ())), str(study_file))
-
-
-def _roots(folder: Path | None):  # noqa: ANN202 - DataRoots is imported late
-    from dataclasses import replace
-
-    from trilemma.data.roots import default_roots
-
-    roots = default_roots()
-    return replace(roots, data=folder) if folder else roots
-
-
 def _results(plan: "Plan", store, study_file: Path, overrides: list[str] | None) -> "Results":  # noqa: ANN001
     from trilemma.study.assemble import assemble
 
@@ -254,10 +242,10 @@ def _refuse_empty(results: "Results", store: Path) -> None:
         )
 
 
-def _print_answer(console: "Console", results: "Results", path: Path) -> None:
+def _print_answer(terminal: "Console", results: "Results", path: Path) -> None:
     from trilemma.report.terminal import answer_table, answer_text
 
-    console.print(answer_table(results))
+    terminal.print(answer_table(results))
     for sentence in answer_text(results):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"\nReport: {path}", highlight=False, soft_wrap=True)
+        terminal.print(sentence, highlight=False, markup=False)
+    terminal.print(f"\nReport: {path}", highlight=False, soft_wrap=True)

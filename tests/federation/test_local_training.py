@@ -12,6 +12,7 @@ from trilemma.federation.local_training import batches, learning_rate, load_mode
 from trilemma.federation.training import initial_state
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import get_params
+from trilemma.privacy.clipping_rules import Flat
 from trilemma.privacy.plan import PrivacyPlan
 from trilemma.randomness import generator
 from trilemma.robustness.objectives import standard
@@ -33,17 +34,17 @@ def test_no_clipping_and_no_noise_is_plain_sgd_on_the_same_batches(defence, monk
     index = [list(range(start, start + 8)) for start in (0, 8, 16, 4)]
     monkeypatch.setattr(local_training, "batches", lambda *_: iter(index))
     plain = train(federation)
-    private = train(federation, plan=PrivacyPlan(32, 0.25, 8.0, float("inf"), 0.0))
+    private = train(federation, plan=PrivacyPlan(32, 0.25, 8.0, Flat(float("inf")), 0.0))
     assert plain.update_P.norm() > 0.05
     assert torch.allclose(private.update_P, plain.update_P, rtol=1e-4, atol=1e-6)
     assert private.loss == pytest.approx(plain.loss, rel=1e-5)
-    clipped = train(federation, plan=PrivacyPlan(32, 0.25, 8.0, 0.01, 0.0))
+    clipped = train(federation, plan=PrivacyPlan(32, 0.25, 8.0, Flat(0.01), 0.0))
     assert not torch.allclose(clipped.update_P, plain.update_P, rtol=1e-1)
 
 
 def test_an_empty_private_batch_is_noise_alone_and_has_no_loss():
     federation = tiny_federation(local={"batch_size": 16, "steps": 1, "learning_rate": 1, "momentum": 0})
-    result = train(federation, plan=PrivacyPlan(32, 1e-9, 16.0, 0.5, 2.0))
+    result = train(federation, plan=PrivacyPlan(32, 1e-9, 16.0, Flat(0.5), 2.0))
     assert result.loss != result.loss
     assert float(result.update_P.std()) == pytest.approx(2.0 * 0.5 / 16, rel=0.1)
 
@@ -158,7 +159,7 @@ def test_every_step_round_and_client_has_noise_of_its_own_at_the_rate_of_its_tim
     # Batches are empty here, so that the update is the noise alone: reused noise could be subtracted away.
     local = {"batch_size": 16, "steps": 2, "learning_rate": 1.0, "momentum": 0, "schedule": "cosine"}
     federation = tiny_federation(local=local, rounds=2)
-    plan, updates = PrivacyPlan(32, 1e-12, 16.0, 0.5, 2.0), []
+    plan, updates = PrivacyPlan(32, 1e-12, 16.0, Flat(0.5), 2.0), []
     for round_index, position in ((0, 0), (0, 1), (1, 0), (1, 1)):
         update_P = train(federation, position, plan, round_index=round_index).update_P
         draws = generator(0, "noise", federation.spec.key, round_index, position)
@@ -175,12 +176,12 @@ def test_every_step_round_and_client_has_noise_of_its_own_at_the_rate_of_its_tim
 def test_two_trainings_of_one_seed_share_no_noise_and_no_private_batches():
     # If they did, the difference of two released models would be free of the noise.
     local = {"batch_size": 16, "steps": 1, "learning_rate": 1.0, "momentum": 0}
-    empty = PrivacyPlan(32, 1e-12, 16.0, 0.5, 2.0)
+    empty = PrivacyPlan(32, 1e-12, 16.0, Flat(0.5), 2.0)
     updates, batch_lists = [], []
     for rounds in (2, 3):  # any field that differs makes another training
         federation = tiny_federation(local=local, rounds=rounds)
         updates.append(train(federation, 0, empty).update_P)
-        client = replace(federation.clients[0], plan=PrivacyPlan(32, 0.5, 16.0, 0.5, 2.0), steps=4)
+        client = replace(federation.clients[0], plan=PrivacyPlan(32, 0.5, 16.0, Flat(0.5), 2.0), steps=4)
         batch_lists.append(list(batches(federation.spec, client, 32, 0)))
     assert abs(float(torch.corrcoef(torch.stack(updates))[0, 1])) < 5 / len(updates[0]) ** 0.5
     assert batch_lists[0] != batch_lists[1]

@@ -14,7 +14,8 @@ from trilemma.federation import round as federated_round
 from trilemma.federation.aggregation import mean
 from trilemma.federation.clients import Client, Shard
 from trilemma.federation.local_training import LocalResult
-from trilemma.federation.round import Federation, is_sound, mean_loss, run_round, server_step, watch
+from trilemma.federation.round import mean_loss, run_round, watch
+from trilemma.federation.server import Federation, is_sound, server_step
 from trilemma.federation.state import TrainingState
 from trilemma.federation.training import guarantee, initial_state, trained_model
 from trilemma.models.classifier import Classifier

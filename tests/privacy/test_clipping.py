@@ -12,6 +12,7 @@ from trilemma.models.specs import Resnet9, Resnet18
 from trilemma.models.vector import num_params
 from trilemma.privacy import clipping
 from trilemma.privacy.clipping import clipped_gradient_sum
+from trilemma.privacy.clipping_rules import Flat
 from trilemma.robustness.objectives import mean_cross_entropy
 
 CLASSES = 3
@@ -56,7 +57,7 @@ def test_agrees_with_a_loop_over_records(name, num, views):
     classifier, (x, y) = NETS[name](), batch(num, views)
     _, norms = clipped_sum(classifier, mean_cross_entropy, x, y, clip=1.0)
     clip = sorted(norms)[num // 2] * 0.99  # some records above it and some below
-    result = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, clip)
+    result = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(clip))
     expected, norms = clipped_sum(classifier, mean_cross_entropy, x, y, clip)
     assert relative(result.sum_P, expected) <= 1e-5
     for ours, norm in zip(result.norms_B.tolist(), norms, strict=True):
@@ -68,11 +69,11 @@ def test_agrees_with_a_loop_over_records(name, num, views):
 @pytest.mark.parametrize("num", range(8))
 def test_every_batch_size_and_chunk_gives_the_same(num, monkeypatch):
     classifier, (x, y) = NETS["conv and linear"](), batch(num)
-    whole = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, clip=0.5)
+    whole = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(0.5))
     monkeypatch.setattr(clipping, "MAX_GRADIENT_NUMBERS", 3 * num_params(classifier) + 1)
-    chunked = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, clip=0.5)
+    chunked = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(0.5))
     monkeypatch.setattr(clipping, "MAX_GRADIENT_NUMBERS", 1)
-    single = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, clip=0.5)
+    single = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(0.5))
     assert whole.norms_B.shape == whole.losses_B.shape == (num,)
     assert whole.sum_P.shape == (num_params(classifier),)
     for other in (chunked, single):
@@ -96,7 +97,7 @@ def test_agrees_with_opacus(name):
     norms_B = flat_BP.norm(dim=1)
     clip = float(norms_B.median())
     expected_P = (clip / norms_B).clamp(max=1) @ flat_BP
-    result = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, clip)
+    result = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(clip))
     assert torch.allclose(result.norms_B, norms_B, rtol=1e-5)
     assert relative(result.sum_P, expected_P.detach()) <= 1e-5
 
@@ -106,8 +107,8 @@ def test_agrees_with_opacus(name):
 def test_no_record_moves_the_sum_by_more_than_the_clip(num, clip, seed, scale):
     classifier, (x, y) = small_net(), batch(num, seed=seed)
     x[0] *= scale  # an image far outside [0, 1] has a gradient far beyond the others'
-    whole = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, clip).sum_P
-    without = clipped_gradient_sum(classifier, mean_cross_entropy, x[1:], y[1:], clip).sum_P
+    whole = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(clip)).sum_P
+    without = clipped_gradient_sum(classifier, mean_cross_entropy, x[1:], y[1:], Flat(clip)).sum_P
     moved = float((whole - without).norm())
     assert moved <= clip * (1 + 1e-4) + 1e-6
     assert float(whole.norm()) <= num * clip * (1 + 1e-4)
@@ -118,7 +119,7 @@ def test_an_infinite_clip_is_the_plain_gradient(name):
     classifier, (x, y) = NETS[name](), batch(4)
     loss = nn.functional.cross_entropy(classifier(x[:, 0]), y, reduction="sum")
     plain = torch.autograd.grad(loss, [p for p in classifier.parameters() if p.requires_grad])
-    result = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, float("inf"))
+    result = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(float("inf")))
     assert relative(result.sum_P, torch.cat([g.flatten() for g in plain])) <= 1e-5
 
 
@@ -126,9 +127,9 @@ def test_an_infinite_clip_is_the_plain_gradient(name):
 @pytest.mark.parametrize("clip", [0.3, float("inf")])
 def test_a_record_without_a_finite_gradient_does_not_show_in_the_sum(bad, clip):
     classifier, (x, y) = small_net(), batch(4)
-    without = clipped_gradient_sum(classifier, mean_cross_entropy, x[[0, 1, 3]], y[[0, 1, 3]], clip).sum_P
+    without = clipped_gradient_sum(classifier, mean_cross_entropy, x[[0, 1, 3]], y[[0, 1, 3]], Flat(clip)).sum_P
     x[2] = bad
-    result = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, clip)
+    result = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(clip))
     assert result.sum_P.isfinite().all()
     if not result.norms_B[2].isfinite():
         assert torch.allclose(result.sum_P, without, rtol=1e-5, atol=1e-7)
@@ -142,12 +143,12 @@ def test_a_gradient_of_zero_stays_zero():
     def nothing(logits_BVK, y_B):
         return (logits_BVK * 0).sum((1, 2))
 
-    result = clipped_gradient_sum(classifier, nothing, x, y, clip=1.0)
+    result = clipped_gradient_sum(classifier, nothing, x, y, Flat(1.0))
     assert not result.sum_P.any()
     assert result.norms_B.tolist() == [0, 0]
 
 
 def test_the_classifier_is_left_as_found():
     classifier, (x, y) = NETS["resnet9"](), batch(2)
-    clipped_gradient_sum(classifier, mean_cross_entropy, x, y, clip=1.0)
+    clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(1.0))
     assert all(p.grad is None and p.requires_grad for p in classifier.parameters())

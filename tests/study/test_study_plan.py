@@ -133,7 +133,10 @@ CHANGES = [
         {"kind": "fgsm", "fraction": 0.5}, {"kind": "pgd"}, {"kind": "pgd", "steps": 2})),
     *(("privacy", {"kind": "dp_sgd", "delta": 1e-3} | change) for change in (
         {"epsilon": 1}, {"epsilon": 2}, {"noise_multiplier": 1}, {"epsilon": 1, "delta": 1e-4},
-        {"epsilon": 1, "clip": 2})),
+        {"epsilon": 1, "clip": 2}, {"epsilon": 1, "unit": "patient"},
+        {"epsilon": 1, "unit": "client", "trust": "central"}, {"epsilon": 1, "noise": "system"},
+        *({"epsilon": 1, "clipping": {"kind": kind}} for kind in ("per_layer", "automatic", "adaptive")),
+        {"epsilon": 1, "clipping": {"kind": "adaptive", "quantile": 0.3}})),
     *(("threat", {"num_malicious": 1} | change) for change in (
         {"kind": "label_flip"}, {"kind": "label_flip", "share": 0.5}, {"kind": "label_flip", "mode": "next"},
         {"kind": "adversarial_samples"}, {"kind": "adversarial_samples", "steps": 2})),

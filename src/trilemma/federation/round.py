@@ -2,100 +2,70 @@
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trilemma.data.records import Records
 from trilemma.federation.clients import Client, participants
-from trilemma.federation.local_training import LocalResult, load_model, local_train
-from trilemma.federation.optimizers import Optimizer
-from trilemma.federation.specs import Centralised, FedAvg, LocalOnly, TrainSpec
-from trilemma.federation.state import TrainingState
+from trilemma.federation.local_training import LocalResult, load_model, local_train, private_generator
+from trilemma.federation.server import Federation, aggregate, server_step
+from trilemma.federation.specs import Centralised, FedAvg, LocalOnly
+from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.models.classifier import Classifier
 
 #: Bytes of a float32 on the wire.
 FLOAT_BYTES = 4
 
 
-@dataclass(frozen=True)
-class Federation:
-    """Everything that stays the same from round to round.
-
-    Attributes:
-        spec: The training.
-        clients: Who trains.
-        val: Records on which the server watches progress; they choose nothing.
-        classifier: A workspace on the device; its weights are set before every use.
-    """
-
-    spec: TrainSpec
-    clients: tuple[Client, ...]
-    val: Records
-    classifier: Classifier
-
-
 def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     """Returns the state after one more round."""
     started, spec = time.perf_counter(), federation.spec
-    chosen = [federation.clients[position] for position in participants(spec, len(federation.clients), state.round)]
+    chosen = who_takes_part(federation, state.round)
     results = {client.name: _train(federation, client, state) for client in chosen}
-    sound = [client for client in chosen if is_sound(results[client.name], state)]
-    params_P, buffers_Q, server = state.params_P, state.buffers_Q, state.server
-    if sound:
-        weights_N = torch.tensor([client.weight for client in sound], device=params_P.device)
-        weights_N = weights_N / weights_N.sum()
-        updates_NP = torch.stack([results[client.name].update_P for client in sound])
-        update_P = spec.aggregation.make().apply(updates_NP, weights_N)
-        params_P, server = server_step(spec, params_P, update_P, server)
-        buffers_Q = weights_N @ torch.stack([results[client.name].buffers_Q for client in sound])
-    load_model(federation.classifier, params_P, buffers_Q)
+    aggregated = aggregate(federation, chosen, results, state)
+    params_P, server = state.params_P, state.server
+    if aggregated.update_P is not None:
+        params_P, server = server_step(spec, params_P, aggregated.update_P, server)
+    load_model(federation.classifier, params_P, aggregated.buffers_Q)
     row = {
         "round": state.round + 1,
         "clients": [client.name for client in chosen],
-        "dropped": [client.name for client in chosen if client not in sound],
+        "dropped": [client.name for client in chosen if client not in aggregated.used],
         "loss": mean_loss([result.loss for result in results.values()]),
         **watch(federation.classifier, federation.val),
         **_traffic(federation, chosen, state),
     }
     kept = dict(state.clients)
     if not isinstance(spec.algorithm, FedAvg):
-        kept |= {client.name: results[client.name].optimizer_state for client in sound}
-    steps = dict(state.private_steps)
-    for client in chosen:
-        if client.plan is not None:
-            steps[client.name] = steps.get(client.name, 0) + client.steps
+        kept |= {client.name: results[client.name].optimizer_state for client in aggregated.used}
     row["seconds"] = time.perf_counter() - started
-    return TrainingState(state.round + 1, params_P, buffers_Q, server, kept, steps, (*state.history, row))
+    return TrainingState(
+        state.round + 1,
+        params_P,
+        aggregated.buffers_Q,
+        server,
+        kept,
+        _charged(federation, chosen, state),
+        (*state.history, row),
+        aggregated.clips,
+    )
 
 
-def is_sound(result: LocalResult, state: TrainingState) -> bool:
-    """Returns whether an update may enter the aggregation: the right shapes and finite numbers only."""
-    shapes = result.update_P.shape == state.params_P.shape and result.buffers_Q.shape == state.buffers_Q.shape
-    return bool(shapes and result.update_P.isfinite().all() and result.buffers_Q.isfinite().all())
+def who_takes_part(federation: Federation, round_index: int) -> list[Client]:
+    """Returns the clients of a round: drawn by the server's plan where it protects whole clients."""
+    if federation.plan is None:
+        positions = participants(federation.spec, len(federation.clients), round_index)
+    else:
+        draws = private_generator(federation.spec, "poisson", round_index, "server")
+        positions = federation.plan.sample(draws).tolist()
+    return [federation.clients[position] for position in positions]
 
 
 def mean_loss(losses: list[float]) -> float | None:
     """Returns the mean of the clients' losses that are finite numbers, or None where none is."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     return sum(finite) / len(finite) if finite else None
-
-
-def server_optimizer(spec: TrainSpec) -> Optimizer | None:
-    """Returns the server's optimizer; a baseline without a federation has no server."""
-    return spec.server.make() if isinstance(spec.algorithm, FedAvg) else None
-
-
-def server_step(
-    spec: TrainSpec, params_P: Tensor, update_P: Tensor, server: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns the server's parameters and state after an aggregated update."""
-    optimizer = server_optimizer(spec)
-    if optimizer is None:
-        return params_P + update_P, server
-    return optimizer.step(params_P, -update_P, server, spec.server.learning_rate)
 
 
 @torch.no_grad()
@@ -114,11 +84,23 @@ def watch(classifier: Classifier, records: Records, batch_size: int = 256) -> di
     return {"val_accuracy": correct / len(records), "val_loss": mean_loss([loss / len(records)])}
 
 
+def _charged(federation: Federation, chosen: list[Client], state: TrainingState) -> dict[str, int]:
+    """Returns the DP steps that ran, this round's included, also where its updates could not be used."""
+    steps = dict(state.private_steps)
+    # A server that draws clients in secret charges all of them; the draw is what makes its steps cheap.
+    charged = [(client, 1) for client in federation.clients] if federation.plan else []
+    charged += [(client, client.steps) for client in chosen if client.plan is not None]
+    for client, num_steps in charged:
+        steps[client.name] = steps.get(client.name, 0) + num_steps
+    return steps
+
+
 def _train(federation: Federation, client: Client, state: TrainingState) -> LocalResult:
     classifier, spec = federation.classifier, federation.spec
     load_model(classifier, state.params_P, state.buffers_Q)
     records = client.training_records(spec, classifier)
-    return local_train(spec, client, classifier, records, state.round, state.clients.get(client.name))
+    clip = state.clips.get(EVERYBODY, state.clips.get(client.name)) if client.plan is not None else None
+    return local_train(spec, client, classifier, records, state.round, state.clients.get(client.name), clip)
 
 
 def _traffic(federation: Federation, chosen: list[Client], state: TrainingState) -> dict[str, int]:

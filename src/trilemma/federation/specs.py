@@ -8,8 +8,9 @@ from trilemma.attacks.poisoning.specs import NoThreat, ThreatSpec
 from trilemma.data.specs import DataSpec, Iid, PartitionSpec, Phantom
 from trilemma.federation.aggregation import Aggregation, mean
 from trilemma.federation.optimizers import Optimizer, adam, sgd
+from trilemma.federation.refusals import why_unsound
 from trilemma.models.specs import ModelSpec, Resnet9
-from trilemma.privacy.specs import DpSgd, NoPrivacy, PrivacySpec
+from trilemma.privacy.specs import NoPrivacy, PrivacySpec
 from trilemma.robustness.specs import DefenceSpec, NoDefence
 from trilemma.spec import Spec
 
@@ -34,8 +35,9 @@ class Local(Spec):
         learning_rate: At the start; `schedule` lowers it.
         momentum: Of SGD.
         weight_decay: Added to the gradient (SGD) or decoupled (Adam).
-        batch_size: Records per step; under DP the expected number of a Poisson-sampled batch.
-        epochs: Passes over the client's records per round. Or give `steps`.
+        batch_size: Records per step; under DP the expected number of a Poisson-sampled batch, and of patients where
+            these are the unit.
+        epochs: Passes over the client's records (under DP with unit "patient": patients) per round. Or give `steps`.
         steps: Steps per round. Or give `epochs`.
         schedule: "cosine" falls to zero over all rounds.
         augmentation: Random changes of training images.
@@ -64,7 +66,7 @@ class Local(Spec):
         return sgd(self.momentum, self.weight_decay)
 
     def steps_per_round(self, num_records: int) -> int:
-        """Returns the steps of one round for a client with `num_records` records."""
+        """Returns the steps of one round for a client with `num_records` records, or patients where these count."""
         if self.steps is not None:
             return self.steps
         return (self.epochs or 1) * -(-num_records // self.batch_size)
@@ -81,7 +83,8 @@ class FedAvg(Spec):
     Attributes:
         weights: Of the clients' updates: "equal" (the default, with and without DP), "records" by their number of
             records (McMahan's choice), or public numbers, one for each client. Under DP: "equal" or public numbers.
-        clients_per_round: How many take part in a round, drawn at random; all by default.
+        clients_per_round: How many take part in a round, drawn at random; all by default. Under DP with unit "client":
+            how many are expected to, for each is drawn independently of the others.
     """
 
     kind: Literal["fedavg"] = "fedavg"
@@ -259,9 +262,11 @@ class TrainSpec(Spec):
             raise ValueError(
                 f"algorithm.weights has {len(weights)} numbers for {num_clients} clients; give one for each"
             )
-        if isinstance(self.privacy, DpSgd) and weights == "records":
-            raise ValueError(
-                "algorithm.weights 'records' ties every update to counts that the guarantee does not cover; "
-                "under DP use 'equal' or give public numbers"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_sound(self) -> "TrainSpec":
+        reason = why_unsound(self)
+        if reason:
+            raise ValueError(reason)
         return self

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from trilemma.federation.optimizers import State
 
+#: Stands for the client's name where one clipping norm holds for all clients.
+EVERYBODY = ""
+
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -22,6 +25,7 @@ class TrainingState:
         clients: Client name -> state of its optimizer, where it outlives the round (the baselines).
         private_steps: Client name -> DP steps that ran: what the guarantee is computed from.
         history: One JSON-like dict per round.
+        clips: Client name -> clipping norm, where it adapts; `EVERYBODY` where one holds for all clients.
     """
 
     round: int
@@ -31,6 +35,7 @@ class TrainingState:
     clients: dict[str, State] = field(default_factory=dict)
     private_steps: dict[str, int] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
+    clips: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns the state as named tensors and a text for each other field, for a safetensors file."""
@@ -42,6 +47,7 @@ class TrainingState:
             "round": str(self.round),
             "private_steps": json.dumps(self.private_steps),
             "history": json.dumps(self.history),
+            "clips": json.dumps(self.clips),
         }
         return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, texts
 
@@ -72,4 +78,5 @@ class TrainingState:
             clients=clients,
             private_steps=json.loads(texts["private_steps"]),
             history=tuple(json.loads(texts["history"])),
+            clips=json.loads(texts.get("clips", "{}")),  # none adapted where a checkpoint does not have them
         )

@@ -10,21 +10,22 @@ The rounds are the caller's loop, so that whoever runs them can store every stat
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from trilemma.data.records import Dataset
 from trilemma.errors import UserError
-from trilemma.federation.clients import Client, make_clients
+from trilemma.federation.clients import Client, make_clients, planned_rounds, server_plan
 from trilemma.federation.local_training import load_model
-from trilemma.federation.round import Federation, server_optimizer
+from trilemma.federation.outside import outside_phrases
+from trilemma.federation.server import Federation, server_optimizer
 from trilemma.federation.specs import Centralised, TrainSpec
 from trilemma.federation.state import TrainingState
 from trilemma.models.classifier import Classifier
 from trilemma.models.norms import batch_norm_layers
 from trilemma.models.vector import get_buffers, get_params, set_buffers
 from trilemma.privacy.accounting import accountant_name, epsilon
-from trilemma.privacy.guarantee import NO_PRIVACY, Guarantee
+from trilemma.privacy.guarantee import NO_PRIVACY, DpEvent, Guarantee
+from trilemma.privacy.noise import noise_source_in_words
 from trilemma.privacy.specs import DpSgd
 
 
@@ -39,7 +40,7 @@ def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device) -> Federati
     partition = spec.partition.make()(dataset, spec.seed)
     clients = make_clients(spec, dataset, partition)
     refuse_lone_records(spec, clients, classifier)
-    return Federation(spec, clients, dataset.val, classifier.to(device))
+    return Federation(spec, clients, dataset.val, classifier.to(device), server_plan(spec, len(clients)))
 
 
 def initial_state(federation: Federation) -> TrainingState:
@@ -60,16 +61,7 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
     spec = federation.spec
     if not isinstance(spec.privacy, DpSgd):
         return NO_PRIVACY
-    plans = {client.name: client.plan for client in federation.clients if client.plan is not None}
-    events = {name: (plan.event(state.private_steps.get(name, 0)),) for name, plan in plans.items()}
-    outside = [
-        "the number of records of each hospital (published: it sets the sampling rate)",
-        "the curves of training and validation, shown to whoever runs the study",
-        "what a report tells of the data: counts of classes and patients, test images and test accuracies",
-        "other models trained on the same images: where several are released, their epsilons add up",
-        "the choice of settings, if they were chosen by looking at private results",
-    ]
-    outside += patients_outside(federation)
+    events = _events(federation, state.private_steps)
     epsilon_by_client = {name: epsilon(steps, spec.privacy.delta) for name, steps in events.items()}
     return Guarantee(
         unit=spec.privacy.unit,
@@ -78,21 +70,29 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
         epsilon_by_client=epsilon_by_client,
         events_by_client=events,
         clip=spec.privacy.clip,
+        clipping=spec.privacy.clipping.label,
+        num_colluding=spec.privacy.num_colluding,
         accountant=accountant_name(max(epsilon_by_client.values())),
-        noise_source="seeded noise, for research only: whoever knows the seed can take it away",
-        outside=tuple(outside),
+        noise_source=noise_source_in_words(spec.privacy.noise),
+        outside=outside_phrases(federation, spec.privacy),
     )
 
 
-def patients_outside(federation: Federation) -> list[str]:
-    """Returns what protecting single images leaves open for patients who have several."""
-    patients = [shard.records.patients_N for client in federation.clients for shard in client.shards]
-    if any((patients_N < 0).any() for patients_N in patients):
-        return ["a patient with several images: k images have k times this epsilon; which belong together is not known"]
-    most = max(int(np.unique(patients_N, return_counts=True)[1].max(initial=0)) for patients_N in patients)
-    if most <= 1:
-        return []
-    return [f"a patient with several images: k images have k times this epsilon, and here some have up to {most}"]
+def planned_events(federation: Federation) -> dict[str, tuple[DpEvent, ...]]:
+    """Returns client name -> the events of the whole training, before it runs; empty without DP."""
+    spec, num_clients = federation.spec, len(federation.clients)
+    if federation.plan is not None:
+        return _events(federation, {client.name: spec.rounds for client in federation.clients})
+    steps = {
+        client.name: client.steps * planned_rounds(spec, num_clients, position)
+        for position, client in enumerate(federation.clients)
+    }
+    return _events(federation, steps)
+
+
+def _events(federation: Federation, steps: dict[str, int]) -> dict[str, tuple[DpEvent, ...]]:
+    plans = {client.name: federation.plan or client.plan for client in federation.clients}
+    return {name: (plan.event(steps.get(name, 0)),) for name, plan in plans.items() if plan is not None}
 
 
 def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:

@@ -5,13 +5,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+#: What is protected, and who adds the noise.
+Unit = Literal["example", "patient", "client"]
+Trust = Literal["local", "distributed", "central"]
+
 
 class DpEvent(BaseModel):
     """Steps that ran with one mechanism: Poisson-sampled Gaussian, `steps` times.
 
     Attributes:
-        noise_multiplier: Standard deviation of the noise over the clipping norm.
-        sampling_rate: Probability with which each record took part in a step.
+        noise_multiplier: Standard deviation of all the noise of a step over the most that one unit can move it.
+        sampling_rate: Probability with which each unit took part in a step.
         steps: Number of steps that ran.
     """
 
@@ -21,19 +25,27 @@ class DpEvent(BaseModel):
     sampling_rate: float
     steps: int
 
+    def in_words(self) -> str:
+        """Returns the event in a few words."""
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        return f"noise multiplier {self.noise_multiplier:.4g} in {steps} at sampling rate {self.sampling_rate:.4g}"
+
 
 class Guarantee(BaseModel):
     """A differential-privacy claim with everything it rests on; it travels with every artefact.
 
     Attributes:
-        unit: What is protected: one image.
-        relation: Neighbouring relation of the data sets.
-        trust: Who adds the noise: "local" means each client, before anything leaves it; "central" whoever pools the
-            images, and must be trusted with them.
+        unit: What is protected: one image ("example"), all of a patient's images at a hospital ("patient"), or all
+            that a hospital holds ("client").
+        relation: Neighbouring relation of the data sets, counted in units.
+        trust: Who adds the noise: "local" means each client, before anything leaves it; "distributed" each client a
+            share, under a secure sum; "central" whoever pools the images or, for unit "client", the server.
         delta: Probability with which the bound may fail; None without DP.
         epsilon_by_client: Client name -> epsilon, composed over every round that ran.
         events_by_client: Client name -> the steps that ran.
-        clip: Clipping norm of a record's gradient.
+        clip: Clipping norm of what a unit contributes; where it adapts, the first one.
+        clipping: How a unit's contribution was bounded.
+        num_colluding: Under trust "distributed", how many clients may collude with the server or withhold noise.
         accountant: The accountant behind epsilon, with its version.
         noise_source: Where the noise came from; seeded noise is for research.
         outside: What the claim does not cover, one phrase each.
@@ -42,13 +54,15 @@ class Guarantee(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    unit: Literal["example"] = "example"
+    unit: Unit = "example"
     relation: Literal["add_or_remove_one"] = "add_or_remove_one"
-    trust: Literal["local", "central"] = "local"
+    trust: Trust = "local"
     delta: float | None = None
     epsilon_by_client: dict[str, float] = {}
     events_by_client: dict[str, tuple[DpEvent, ...]] = {}
     clip: float | None = None
+    clipping: str = "flat"  # what a stored guarantee without this field used
+    num_colluding: int = 0
     accountant: str = ""
     noise_source: str = ""
     outside: tuple[str, ...] = ()
@@ -70,19 +84,58 @@ class Guarantee(BaseModel):
         if self.epsilon is None:
             return "No guarantee: " + ("; ".join(self.void) or "nothing was accounted for") + "."
         clients = ", ".join(f"{name} {_rounded_up(value)}" for name, value in self.epsilon_by_client.items())
+        clip = f"{self.clip:g} at first" if self.clipping.startswith("adaptive") else f"{self.clip:g}"
         return (
-            f"With or without any one image of a hospital, the probability of any set of outcomes differs by a factor "
+            f"With or without {_UNIT_IN_WORDS[self.unit]}, the probability of any set of outcomes differs by a factor "
             f"of at most exp({_rounded_up(self.epsilon)}), up to an additional {self.delta:g} (epsilon: {clients}). "
-            f"{_TRUST_IN_WORDS[self.trust]} Clipping norm {self.clip:g}; {self.accountant}; {self.noise_source}. "
-            f"Not covered: {'; '.join(self.outside)}."
+            f"{self._trust_in_words()} Clipping norm {clip} ({self.clipping}); {self._steps_in_words()}; "
+            f"{self.accountant}; {self.noise_source}. Not covered: {'; '.join(self.outside)}."
         )
 
+    def _trust_in_words(self) -> str:
+        if self.trust == "central" and self.unit == "client":
+            return _TRUSTED_SERVER
+        if self.trust != "distributed":
+            return _TRUST_IN_WORDS[self.trust]
+        if not self.num_colluding:
+            return f"{_SECURE_SUM} Every hospital must add its share, and none may tell the server its own."
+        who = "1 hospital" if self.num_colluding == 1 else f"{self.num_colluding} hospitals"
+        return f"{_SECURE_SUM} It holds for the others even if {who} should side with the server or add no noise."
+
+    def _steps_in_words(self) -> str:
+        """Returns noise, sampling rate and steps, said once for all clients that have the same."""
+        clients_by_events: dict[tuple[DpEvent, ...], list[str]] = {}
+        for name, events in self.events_by_client.items():
+            clients_by_events.setdefault(events, []).append(name)
+        said = []
+        for events, names in clients_by_events.items():
+            whose = "" if len(clients_by_events) == 1 else f" ({', '.join(names)})"
+            said += [f"{event.in_words()}{whose}" for event in events]
+        return ", ".join(said) or "no step ran"
+
+
+_UNIT_IN_WORDS = {
+    "example": "any one image of a hospital",
+    "patient": "all images of any one patient of a hospital",
+    "client": "any one hospital and all its images",
+}
 
 _TRUST_IN_WORDS = {
     "local": "Each hospital adds its own noise, so neither the server nor another hospital needs to be trusted with "
     "its images.",
     "central": "The images are pooled in one place, which adds the noise and must be trusted with all of them.",
 }
+
+_TRUSTED_SERVER = (
+    "The server sees every hospital's update as it is and adds the noise: it must be trusted with them, and with "
+    "keeping secret which hospital took part in which round. The claim is about the models that leave the server."
+)
+
+_SECURE_SUM = (
+    "Each hospital adds a share of the noise. This is sound only under a secure sum: the server and the other "
+    "hospitals may see the sum of all hospitals' contributions and never a single one. This program computes the sum "
+    "and does not hide its parts; whoever deploys it must."
+)
 
 
 def _rounded_up(epsilon: float) -> str:

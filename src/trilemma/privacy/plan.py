@@ -1,52 +1,94 @@
-"""The seam between a study and its privacy: sampler, clipped gradient, noise and event from the same numbers.
+"""The seam between a study and its privacy: sampler, clipped sum, noise and event from the same numbers.
 
 Whoever trains asks the plan for each of the four and can neither sample at one rate and account at another nor
-divide by a number that the data decide.
+divide by a number that the data decide. A client's plan speaks of its images or patients and of their gradients; a
+trusted server's plan speaks of clients and of their whole updates. Everything else is the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trilemma.models.classifier import Classifier
-from trilemma.privacy.clipping import ClippedSum, RecordLoss, clipped_gradient_sum
+from trilemma.privacy.adaptive import Adaptation, centred_count
+from trilemma.privacy.bookkeeping import clipped_gradient_sum
+from trilemma.privacy.clipping import ClippedSum, RecordLoss
+from trilemma.privacy.clipping_rules import Clipper, clipped_row_sum
 from trilemma.privacy.guarantee import DpEvent
+from trilemma.privacy.noise import AddNoise, NoiseKind, poisson_sample, seeded_noise, system_noise
 
 
 @dataclass(frozen=True)
 class PrivacyPlan:
-    """DP-SGD for one client (Abadi et al. 2016, Algorithm 1, with Poisson sampling).
+    """The Poisson-sampled Gaussian mechanism on clipped sums (Abadi et al. 2016, Algorithm 1; McMahan et al. 2018).
 
     Attributes:
-        num_records: The client's published number of records.
-        sampling_rate: Probability with which each record joins a step, independently.
+        num_units: How many there are to be protected; published.
+        sampling_rate: Probability with which each unit joins a step, independently.
         denominator: What the noised sum is divided by: a public constant, not the batch that was drawn.
-        clip: Clipping norm of one record's gradient.
-        noise_multiplier: Standard deviation of the noise over `clip`.
+        clipper: Bounds what one unit contributes. Its `clip` is the first one where the clip adapts.
+        noise_multiplier: What is accounted: standard deviation of all the noise of a step over the sensitivity.
+        adaptation: How the clip moves, or None where it stays.
+        num_honest: Who adds noise: of that many participants each adds a share, so that they reach
+            `noise_multiplier` together. 1: all the noise is added here.
+        noise: Where noise and samples come from.
     """
 
-    num_records: int
+    num_units: int
     sampling_rate: float
     denominator: float
-    clip: float
+    clipper: Clipper
     noise_multiplier: float
+    adaptation: Adaptation | None = None
+    num_honest: int = 1
+    noise: NoiseKind = "seeded"
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Returns the positions of a Poisson-sampled batch, ascending; it may be empty."""
-        return torch.nonzero(torch.rand(self.num_records, generator=generator) < self.sampling_rate).flatten()
+        """Returns the numbers of Poisson-sampled units, ascending; there may be none."""
+        return poisson_sample(self.num_units, self.sampling_rate, generator if self.noise == "seeded" else None)
 
-    def gradient_sum(self, classifier: Classifier, loss: RecordLoss, x_BVCHW: Tensor, y_B: Tensor) -> ClippedSum:
-        """Returns the sum of clipped per-record gradients of a batch."""
-        return clipped_gradient_sum(classifier, loss, x_BVCHW, y_B, self.clip)
+    def noise_source(self, generator: torch.Generator) -> AddNoise:
+        """Returns what adds noise: drawn from the generator, or from the operating system, as the plan says."""
+        return seeded_noise(generator) if self.noise == "seeded" else system_noise()
 
-    def noised_mean(self, sum_P: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns (sum + noise) / denominator: all that the optimizer may see of the records."""
+    def gradient_sum(
+        self, classifier: Classifier, loss: RecordLoss, x_BVCHW: Tensor, y_B: Tensor, clip: float | None = None
+    ) -> ClippedSum:
+        """Returns the sum of clipped gradients, one of each unit, at the current `clip` (None: the first one)."""
+        return clipped_gradient_sum(classifier, loss, x_BVCHW, y_B, self._clipper(clip))
+
+    def update_sum(
+        self, updates_NP: Tensor, classifier: Classifier, clip: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the sum of clipped updates, one of each sampled client, and their norms before, shape (N,)."""
+        clipper = self._clipper(clip)
+        return clipped_row_sum(updates_NP, clipper.group_sizes(classifier), clipper)
+
+    def noised_mean(self, sum_P: Tensor, add_noise: AddNoise, clip: float | None = None) -> Tensor:
+        """Returns (sum + noise) / denominator: all that anybody else may see of the units' clipped sum.
+
+        Under `num_honest` above 1 the noise is a share, and nobody may see this but a secure sum.
+        """
         if not self.noise_multiplier:  # 0 times an infinite clip is not a number
             return sum_P / self.denominator
-        noise_P = torch.randn(sum_P.shape, generator=generator).to(sum_P.device)
-        return (sum_P + noise_P * (self.noise_multiplier * self.clip)) / self.denominator
+        deviation = self._sum_noise() * self._clipper(clip).clip / self.num_honest**0.5
+        return add_noise(sum_P, deviation) / self.denominator
+
+    def noised_count(self, norms_B: Tensor, add_noise: AddNoise, clip: float | None = None) -> float:
+        """Returns the centred count of norms up to the clip, with noise or a share of it; needs `adaptation`."""
+        assert self.adaptation is not None
+        count = centred_count(norms_B, self._clipper(clip).clip)
+        if not self.noise_multiplier:
+            return count
+        return float(add_noise(torch.tensor([count]), self.adaptation.count_noise / self.num_honest**0.5))
 
     def event(self, steps: int) -> DpEvent:
         """Returns what `steps` steps of this plan cost, for the accountant."""
         return DpEvent(noise_multiplier=self.noise_multiplier, sampling_rate=self.sampling_rate, steps=steps)
+
+    def _clipper(self, clip: float | None) -> Clipper:
+        return self.clipper if clip is None else replace(self.clipper, clip=clip)
+
+    def _sum_noise(self) -> float:
+        return self.adaptation.sum_noise(self.noise_multiplier) if self.adaptation else self.noise_multiplier

@@ -11,26 +11,30 @@ from trilemma.data.records import Dataset, Partition
 from trilemma.data.roots import DataRoots
 from trilemma.data.summary import client_rows
 from trilemma.evaluation.specs import AllAtOnce, Transfer
-from trilemma.privacy.specs import DpSgd
 from trilemma.study.combine import combined_key, part_keys
 from trilemma.study.facts import facts_key, prepare_all
 from trilemma.study.keys import evaluation_key
-from trilemma.study.plan import Plan, Training
+from trilemma.study.ledgers import check_books
+from trilemma.study.plan import Plan, Training, without_guarantee
 from trilemma.study.store import Store
-from trilemma.study.workplace import Workplace
+from trilemma.study.workplace import Books, Workplace
 
 
-def check_study(plan: Plan, folder: Path, roots: DataRoots, console: Console) -> None:
+def check_study(plan: Plan, folder: Path, roots: DataRoots, console: Console, ledgers: Path | None = None) -> None:
     """Prints the study's size, what of it is stored, its data and what can carry no guarantee.
 
     Raises:
-        UserError: If anything in the study cannot be.
+        UserError: If anything in the study cannot be, or the hospitals' budget books do not allow it.
     """
-    place = Workplace(folder, roots, "cpu", 1, 0)
+    books = Books(ledgers, plan.study.name) if ledgers else None
+    place = Workplace(folder, roots, "cpu", 1, 0, books)
     prepare_all(plan, place)
     show_data(plan, roots, console)
     console.print(_size_table(plan, folder))
-    reasons = dict.fromkeys(_without_guarantee(plan))
+    if books is not None:
+        check_books(plan, _stored(folder)[0], place)
+        console.print("\nThe hospitals' budget books allow all of it.")
+    reasons = dict.fromkeys(without_guarantee(plan))
     if reasons:
         console.print("\nNo guarantee can be given for:")
         for reason in reasons:
@@ -105,14 +109,3 @@ def _stored(folder: Path) -> tuple[set[str], set[str], set[str]]:
         return set(), set(), set()
     with Store(folder) as store:
         return store.keys("runs"), store.keys("artefacts"), store.keys("evaluations")
-
-
-def _without_guarantee(plan: Plan) -> list[str]:
-    reasons = []
-    for cell in plan.cells:
-        configuration, compression = cell.training.configuration, cell.compression
-        if not isinstance(cell.training.spec.privacy, DpSgd):
-            reasons.append(f"{configuration}: training without differential privacy")
-        elif compression.private_data:
-            reasons.append(f"{configuration}, {compression.label}: {compression.private_data}")
-    return reasons

@@ -15,7 +15,8 @@ from trilemma.study.compress_job import compress_job
 from trilemma.study.evaluate_job import Attack, attack_job, clean_job, cost_job
 from trilemma.study.facts import preflight
 from trilemma.study.keys import evaluation_key
-from trilemma.study.plan import Cell, Plan, Training
+from trilemma.study.ledgers import book_stored, check_books
+from trilemma.study.plan import Cell, Plan
 from trilemma.study.progress import Progress
 from trilemma.study.store import Store
 from trilemma.study.train_job import train_job
@@ -45,10 +46,14 @@ class Engine:
         """Does everything that is missing.
 
         Raises:
-            UserError: Before anything runs, if data, model and settings do not go together.
+            UserError: Before anything runs, if data, model and settings do not go together, or the hospitals' books do
+                not allow it.
             Failure: At the end, if some jobs failed; everything else is stored.
         """
         preflight(self.plan, self.store, self.place)
+        if self.place.books is not None:
+            stored = self.store.keys("runs")
+            book_stored(check_books(self.plan, stored, self.place), stored)
         failed: list[TrilemmaError] = []
         failed += self._stage("training", missing_trainings(self.plan, self.store), self._store_run)
         failed += self._stage("compressing", self._compressions(), self.store.add_artefact)
@@ -122,20 +127,14 @@ class Engine:
 
 
 def _title(verb: str, cell: Cell) -> str:
-    return f"{verb}: {_name(cell.training)}, {cell.compression.label}"
-
-
-def _name(training: Training) -> str:
-    client = getattr(training.spec.algorithm, "client", None)
-    where = f", hospital {client + 1}" if client is not None else ""
-    return f"{training.configuration}{where}, seed {training.spec.seed}"
+    return f"{verb}: {cell.training.title}, {cell.compression.label}"
 
 
 def missing_trainings(plan: Plan, store: Store) -> list[Job]:
     """Returns the trainings that the store does not hold."""
     done = store.keys("runs")
     return [
-        Job(f"train: {_name(training)}", training.key, train_job, (training,))
+        Job(f"train: {training.title}", training.key, train_job, (training,))
         for training in plan.trainings
         if training.key not in done
     ]

@@ -82,6 +82,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _lost(path, str(error)) from error
 
 
+def load_texts(path: Path) -> dict[str, str]:
+    """Returns the texts of what `save_tensors` wrote, without its tensors.
+
+    Raises:
+        Failure: If the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise _lost(path, str(error)) from error
+
+
 def open_model(path: Path, threads: int) -> Session:
     """Returns a session on an artefact's ONNX file.
 

@@ -9,6 +9,7 @@ from trilemma.compression.specs import CompressionSpec
 from trilemma.errors import UserError
 from trilemma.evaluation.specs import AllAtOnce, EvaluationSpec
 from trilemma.federation.specs import LocalOnly, TrainSpec
+from trilemma.privacy.specs import DpSgd
 from trilemma.spec import content_key
 from trilemma.study.load import validate
 from trilemma.study.specs import Study
@@ -29,6 +30,13 @@ class Training:
     configuration: str
     varied: dict[str, str]
     key: str
+
+    @property
+    def title(self) -> str:
+        """Returns what a user calls it: its configuration and what tells it from the others of that."""
+        client = getattr(self.spec.algorithm, "client", None)
+        where = f", hospital {client + 1}" if client is not None else ""
+        return f"{self.configuration}{where}, seed {self.spec.seed}"
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,18 @@ def make_plan(study: Study, where: str) -> Plan:
         if isinstance(evaluation, AllAtOnce):
             evaluations |= dict.fromkeys(evaluation.attacks)
     return Plan(study, tuple(trainings.values()), cells, tuple(evaluations))
+
+
+def without_guarantee(plan: Plan) -> list[str]:
+    """Returns for each artefact that can carry no guarantee what it is and why."""
+    reasons = []
+    for cell in plan.cells:
+        configuration, compression = cell.training.configuration, cell.compression
+        if not isinstance(cell.training.spec.privacy, DpSgd):
+            reasons.append(f"{configuration}: training without differential privacy")
+        elif compression.private_data:
+            reasons.append(f"{configuration}, {compression.label}: {compression.private_data}")
+    return reasons
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from trilemma.federation.state import TrainingState
 from trilemma.federation.training import guarantee, initial_state, prepare
 from trilemma.models.vector import num_params
 from trilemma.study.files import load_tensors, save_tensors
+from trilemma.study.ledgers import book_training
 from trilemma.study.plan import Training
 from trilemma.study.provenance import peak_memory_bytes, provenance, reset_peak_memory
 from trilemma.study.rows import RunRow
@@ -22,6 +23,8 @@ def train_job(place: Workplace, training: Training) -> RunRow:
     dataset = place.dataset(training.spec.data)
     federation = prepare(training.spec, dataset, place.torch_device)
     state = _resume(place, training, federation, dataset.fingerprint) or initial_state(federation)
+    if place.books is not None:
+        book_training(place, training, federation, state.private_steps)  # before anything is computed from the images
     started = time.perf_counter()
     spent = sum(row["seconds"] for row in state.history)
     while state.round < training.spec.rounds:

@@ -21,6 +21,19 @@ _LOADED: dict[tuple[str, str], Dataset] = {}
 
 
 @dataclass(frozen=True)
+class Books:
+    """Where the hospitals' budget books are, and in whose name they are charged.
+
+    Attributes:
+        folder: One file for each hospital.
+        study: The study's name.
+    """
+
+    folder: Path
+    study: str
+
+
+@dataclass(frozen=True)
 class Workplace:
     """What every job of a study shares; it travels to worker processes.
 
@@ -30,6 +43,7 @@ class Workplace:
         device: "cpu" or "cuda".
         threads: Torch threads of each job; they may change the last bits of a result, so the number is recorded.
         owner: Process id of the study's process: a worker that has lost it stops.
+        books: The hospitals' budget books, or None where none are kept.
     """
 
     folder: Path
@@ -37,6 +51,7 @@ class Workplace:
     device: str
     threads: int
     owner: int
+    books: Books | None = None
 
     @property
     def files(self) -> StoreFiles:

@@ -1,0 +1,81 @@
+"""Which trainings no guarantee could hold for, each with its reason and the way out."""
+
+from typing import TYPE_CHECKING
+
+from trilemma.privacy.specs import DpSgd
+
+if TYPE_CHECKING:
+    from trilemma.federation.specs import TrainSpec
+
+
+def why_unsound(spec: "TrainSpec") -> str:
+    """Returns why a training cannot be private in the way it asks for; empty where it can."""
+    if not isinstance(spec.privacy, DpSgd):
+        return ""
+    federated = spec.algorithm.kind in ("fedavg", "fedprox")
+    if federated and getattr(spec.algorithm, "weights", None) == "records":
+        return (
+            "algorithm.weights 'records' ties every update to counts that the guarantee does not cover; "
+            "under DP use 'equal' or give public numbers"
+        )
+    if spec.privacy.trust == "distributed":
+        return _why_no_distributed_noise(spec, spec.privacy, federated)
+    if spec.privacy.unit == "client":
+        return _why_no_private_clients(spec, federated)
+    if spec.privacy.trust == "central" and spec.algorithm.kind != "centralised":
+        return (
+            f"trust 'central' with unit '{spec.privacy.unit}' is for algorithm 'centralised', where one place holds "
+            "all images; in a federation the server sees no gradient of a single one: use trust 'local' or "
+            "'distributed', or unit 'client'"
+        )
+    return ""
+
+
+def _why_no_distributed_noise(spec: "TrainSpec", privacy: DpSgd, federated: bool) -> str:
+    if not federated:
+        return (
+            f"trust 'distributed' shares the noise among the hospitals of a federation, and algorithm "
+            f"'{spec.algorithm.kind}' has none; use 'local'"
+        )
+    if spec.local.steps != 1:
+        return (
+            "trust 'distributed' needs local.steps = 1: a share of the noise protects only in the sum of all, and a "
+            "second local step would start from a model that only this share protects"
+        )
+    if spec.local.optimizer != "sgd" or spec.local.momentum:
+        return (
+            "trust 'distributed' needs local.optimizer = 'sgd' with local.momentum = 0: the updates must be the noised "
+            "gradients up to a factor, so that their sum holds the noise of all (momentum would start afresh in every "
+            "round anyway; give it to the server, server = { kind = 'sgd', momentum = 0.9 })"
+        )
+    return _why_no_equal_sum(spec, "trust 'distributed'") or _why_too_many_collude(spec, privacy)
+
+
+def _why_too_many_collude(spec: "TrainSpec", privacy: DpSgd) -> str:
+    present = getattr(spec.algorithm, "clients_per_round", None) or spec.partition.num_clients
+    if privacy.num_colluding < present:
+        return ""
+    return (
+        f"privacy.num_colluding {privacy.num_colluding} leaves none of the {present} clients of a round to add the "
+        f"noise; it can be at most {present - 1}"
+    )
+
+
+def _why_no_private_clients(spec: "TrainSpec", federated: bool) -> str:
+    if not federated:
+        return (
+            f"unit 'client' protects what a hospital sends to the server of a federation, and algorithm "
+            f"'{spec.algorithm.kind}' has none; use unit 'example' or 'patient'"
+        )
+    return _why_no_equal_sum(spec, "unit 'client'")
+
+
+def _why_no_equal_sum(spec: "TrainSpec", what: str) -> str:
+    if spec.aggregation.kind != "mean":
+        return (
+            f"{what} needs aggregation 'mean', not '{spec.aggregation.kind}': the noise is meant for a sum, and other "
+            "rules look at single updates"
+        )
+    if getattr(spec.algorithm, "weights", "equal") != "equal":
+        return f"{what} needs algorithm.weights 'equal': another weight would move both the clip and the noise"
+    return ""

@@ -1,0 +1,134 @@
+"""What the server does with a round's updates: from what the clients sent to the next model."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trilemma.data.records import Records
+from trilemma.federation.clients import Client
+from trilemma.federation.local_training import LocalResult, private_generator
+from trilemma.federation.optimizers import Optimizer
+from trilemma.federation.specs import FedAvg, TrainSpec
+from trilemma.federation.state import EVERYBODY, TrainingState
+from trilemma.models.classifier import Classifier
+from trilemma.privacy.plan import PrivacyPlan
+from trilemma.privacy.specs import DpSgd
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything that stays the same from round to round.
+
+    Attributes:
+        spec: The training.
+        clients: Who trains.
+        val: Records on which the server watches progress; they choose nothing.
+        classifier: A workspace on the device; its weights are set before every use.
+        plan: The server's, where it is trusted to protect whole clients; None otherwise.
+    """
+
+    spec: TrainSpec
+    clients: tuple[Client, ...]
+    val: Records
+    classifier: Classifier
+    plan: PrivacyPlan | None = None
+
+
+class Aggregated(NamedTuple):
+    """What a round's updates come to.
+
+    Attributes:
+        update_P: For the server's optimizer, or None where nothing may be used.
+        buffers_Q: The next ones.
+        clips: Client name -> the next clipping norm, where it adapts.
+        used: The clients whose updates entered.
+    """
+
+    update_P: Tensor | None
+    buffers_Q: Tensor
+    clips: dict[str, float]
+    used: list[Client]
+
+
+def aggregate(
+    federation: Federation, chosen: list[Client], results: dict[str, LocalResult], state: TrainingState
+) -> Aggregated:
+    """Returns what the chosen clients' results come to, by the study's kind of trust."""
+    spec = federation.spec
+    sound = [client for client in chosen if is_sound(results[client.name], state)]
+    if federation.plan is not None:
+        return _noised_by_server(federation, federation.plan, sound, results, state)
+    private = isinstance(spec.privacy, DpSgd)
+    distributed = isinstance(spec.privacy, DpSgd) and spec.privacy.trust == "distributed"
+    if distributed and len(sound) < len(chosen):
+        sound = []  # of a secure sum no part can be left out, and the others' shares alone are too little noise
+    clips = _moved_together(chosen, results, state) if distributed and sound else dict(state.clips)
+    clips |= {c.name: clip for c in chosen if not distributed and (clip := results[c.name].clip) is not None}
+    if not sound:
+        return Aggregated(None, state.buffers_Q, clips, [])
+    weights_N = torch.tensor([client.weight for client in sound], device=state.params_P.device)
+    weights_N = weights_N / weights_N.sum()
+    updates_NP = torch.stack([results[client.name].update_P for client in sound])
+    update_P = spec.aggregation.make().apply(updates_NP, weights_N)
+    buffers_Q = state.buffers_Q
+    if not private:  # nothing that no noise was added to may come from a private client
+        buffers_Q = weights_N @ torch.stack([results[client.name].buffers_Q for client in sound])
+    return Aggregated(update_P, buffers_Q, clips, sound)
+
+
+def is_sound(result: LocalResult, state: TrainingState) -> bool:
+    """Returns whether an update may enter the aggregation: the right shapes and finite numbers only."""
+    shapes = result.update_P.shape == state.params_P.shape and result.buffers_Q.shape == state.buffers_Q.shape
+    return bool(shapes and result.update_P.isfinite().all() and result.buffers_Q.isfinite().all())
+
+
+def server_optimizer(spec: TrainSpec) -> Optimizer | None:
+    """Returns the server's optimizer; a baseline without a federation has no server."""
+    return spec.server.make() if isinstance(spec.algorithm, FedAvg) else None
+
+
+def server_step(
+    spec: TrainSpec, params_P: Tensor, update_P: Tensor, server: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the server's parameters and state after an aggregated update."""
+    optimizer = server_optimizer(spec)
+    if optimizer is None:
+        return params_P + update_P, server
+    return optimizer.step(params_P, -update_P, server, spec.server.learning_rate)
+
+
+def _noised_by_server(
+    federation: Federation,
+    plan: PrivacyPlan,
+    sound: list[Client],
+    results: dict[str, LocalResult],
+    state: TrainingState,
+) -> Aggregated:
+    """DP-FedAvg (McMahan et al. 2018, Algorithm 1): clipped, summed, noised, over the expected number of clients.
+
+    An update that is malformed counts as zero. A round in which nobody was drawn is noise alone; a server that left
+    it out would tell that nobody was drawn.
+    """
+    add_noise = plan.noise_source(private_generator(federation.spec, "noise", state.round, "server"))
+    clip = state.clips.get(EVERYBODY)
+    rows = [results[client.name].update_P for client in sound]
+    updates_NP = torch.stack(rows) if rows else state.params_P.new_zeros(0, len(state.params_P))
+    sum_P, norms_N = plan.update_sum(updates_NP, federation.classifier, clip)
+    update_P = plan.noised_mean(sum_P, add_noise, clip)
+    clips = dict(state.clips)
+    if plan.adaptation is not None:
+        count = plan.noised_count(norms_N, add_noise, clip)
+        clips[EVERYBODY] = plan.adaptation.moved(clip or plan.adaptation.first_clip, count, plan.denominator)
+    return Aggregated(update_P, state.buffers_Q, clips, sound)
+
+
+def _moved_together(chosen: list[Client], results: dict[str, LocalResult], state: TrainingState) -> dict[str, float]:
+    """Returns the one clip of all clients after a round: the secure sum of their counts moves it."""
+    plan = chosen[0].plan
+    if plan is None or plan.adaptation is None:
+        return dict(state.clips)
+    counts = [result.noised_count for result in results.values() if result.noised_count is not None]
+    clip = state.clips.get(EVERYBODY, plan.adaptation.first_clip)
+    return {EVERYBODY: plan.adaptation.moved(clip, sum(counts), plan.denominator * len(chosen))}

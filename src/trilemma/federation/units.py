@@ -1,0 +1,70 @@
+"""From records to the units that a plan samples and clips: an image is one, or all images of a patient together."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trilemma.models.classifier import Classifier
+from trilemma.privacy.clipping import ClippedSum, RecordLoss
+from trilemma.privacy.plan import PrivacyPlan
+
+#: The positions of each unit's records.
+Units = tuple[np.ndarray, ...]
+
+
+def patients(patients_N: np.ndarray) -> Units:
+    """Returns the records of each patient, ascending, patients in the order of their codes; all must be known."""
+    order_N = np.argsort(patients_N, kind="stable")
+    starts = np.flatnonzero(np.diff(patients_N[order_N])) + 1
+    return tuple(np.split(order_N, starts)) if len(patients_N) else ()
+
+
+def unit_gradient_sum(
+    plan: PrivacyPlan,
+    classifier: Classifier,
+    loss: RecordLoss,
+    views: tuple[Tensor, Tensor],
+    sizes_U: Sequence[int],
+    clip: float | None,
+) -> ClippedSum:
+    """Returns the sum of clipped gradients, one of each unit, whose loss is the mean of its images' losses.
+
+    Units with equally many images go to the gradient engine together, and the sums are added.
+
+    Args:
+        plan: Clips.
+        classifier: Its trainable parameters are differentiated.
+        loss: Of each image over its views.
+        views: (x_IVCHW, y_I): all images with their views, unit by unit.
+        sizes_U: Images of each unit; at least 1.
+        clip: The current one; None for the plan's first.
+    """
+    x_IVCHW, y_I = views
+    if all(size == 1 for size in sizes_U):
+        return plan.gradient_sum(classifier, loss, x_IVCHW, y_I, clip)
+    starts_U = np.cumsum([0, *sizes_U[:-1]])
+    parts = []
+    for size in sorted(set(sizes_U)):
+        first_B = starts_U[np.asarray(sizes_U) == size]
+        index_BS = torch.from_numpy(first_B[:, None] + np.arange(size)).to(y_I.device)
+        x_BWCHW = x_IVCHW[index_BS].flatten(1, 2)
+        parts.append(plan.gradient_sum(classifier, mean_over_images(loss), x_BWCHW, y_I[index_BS], clip))
+    return ClippedSum(
+        torch.stack([part.sum_P for part in parts]).sum(0),
+        torch.cat([part.norms_B for part in parts]),
+        torch.cat([part.losses_B for part in parts]),
+        torch.cat([part.norms_BG for part in parts]),
+    )
+
+
+def mean_over_images(loss: RecordLoss) -> RecordLoss:
+    """Returns the loss of units with S images each: (logits_BWK, y_BS) -> loss_B, where W is S times the views."""
+
+    def mean_loss(logits_BWK: Tensor, y_BS: Tensor) -> Tensor:
+        size = y_BS.shape[1]
+        logits_IVK = logits_BWK.unflatten(1, (size, -1)).flatten(0, 1)
+        return loss(logits_IVK, y_BS.flatten()).unflatten(0, (-1, size)).mean(1)
+
+    return mean_loss

@@ -1,0 +1,112 @@
+"""What each hospital of a study holds, and what makes two runs of a training one release: what a budget is spent on."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+import trilemma
+from trilemma.data.records import Dataset, Records
+from trilemma.errors import UserError
+from trilemma.privacy.guarantee import Unit
+from trilemma.privacy.specs import DpSgd
+from trilemma.spec import content_key
+from trilemma.study.plan import Plan, Training
+from trilemma.study.provenance import provenance
+from trilemma.study.workplace import Workplace
+
+#: (data set, positions of a hospital's records) -> their fingerprint: a study asks for each many times.
+_FINGERPRINTS: dict[tuple[str, bytes], str] = {}
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a hospital holds for a training.
+
+    Attributes:
+        owner: The hospital.
+        fingerprint: Of its training images and their labels, in whatever order.
+        num_units: How many units of the training's kind they are.
+    """
+
+    owner: str
+    fingerprint: str
+    num_units: int
+
+
+def study_holdings(plan: Plan, place: Workplace) -> tuple[Unit, list[Holding]]:
+    """Returns the unit of a study's private trainings and what each hospital holds, the same in all of them.
+
+    Raises:
+        UserError: If it protects no unit or several, or a hospital holds other images from one training to the next.
+    """
+    private = [training for training in plan.trainings if isinstance(training.spec.privacy, DpSgd)]
+    privacies = [training.spec.privacy for training in private]
+    units: set[Unit] = {privacy.unit for privacy in privacies if isinstance(privacy, DpSgd)}
+    if len(units) != 1:
+        problem = f"protects several units ({', '.join(sorted(units))})" if units else "trains nothing with privacy"
+        raise UserError(plan.study.name, problem, "A book counts for one unit: keep to the trainings of one")
+    first: dict[str, tuple[Holding, Training]] = {}
+    for training in private:
+        for holding in training_holdings(training, place.dataset(training.spec.data)):
+            known, earlier = first.setdefault(holding.owner, (holding, training))
+            if known.fingerprint != holding.fingerprint:
+                raise UserError(
+                    f"'{holding.owner}'",
+                    f"holds other images in '{training.title}' than in '{earlier.title}', and a book counts for a "
+                    "hospital whose images are its own",
+                    'Use one seed and one data set, or a partition that no seed deals anew: { kind = "by_site" }',
+                )
+    return units.pop(), [holding for holding, _ in first.values()]
+
+
+def training_holdings(training: Training, dataset: Dataset) -> list[Holding]:
+    """Returns what each hospital of a private training holds, in the partition's order."""
+    spec = training.spec
+    assert isinstance(spec.privacy, DpSgd)
+    partition = spec.partition.make()(dataset, spec.seed)
+    held = []
+    for owner, index in zip(partition.clients, partition.train, strict=True):
+        numbers = {
+            "example": len(index),
+            "patient": len(np.unique(dataset.train.patients_N[index])),
+            "client": len(partition.clients),
+        }
+        held.append(Holding(owner, _fingerprint(dataset, index), numbers[spec.privacy.unit]))
+    return held
+
+
+def _fingerprint(dataset: Dataset, index: np.ndarray) -> str:
+    name = (dataset.fingerprint, index.tobytes())
+    if name not in _FINGERPRINTS:
+        _FINGERPRINTS[name] = records_fingerprint(dataset.train.subset(index))
+    return _FINGERPRINTS[name]
+
+
+def records_fingerprint(records: Records) -> str:
+    """Returns a hash of images and labels that does not depend on the records' order."""
+    kind = f"{records.images_NCHW.dtype} {records.images_NCHW.shape[1:]}"
+    hashes = sorted(
+        hashlib.blake2b(np.ascontiguousarray(image).tobytes() + str(label).encode(), digest_size=16).digest()
+        for image, label in zip(records.images_NCHW, records.labels_N.tolist(), strict=True)
+    )
+    return hashlib.blake2b(kind.encode() + b"".join(hashes), digest_size=16).hexdigest()
+
+
+def release_of(place: Workplace, training: Training, dataset: Dataset) -> str:
+    """Returns what two runs have in common whose results are equal to the last bit.
+
+    Without that they would be two releases with the same noise, whose difference has none.
+    """
+    machine = {**provenance(place.torch_device), "threads": place.threads, "git_revision": "", "cores": 0}
+    return content_key(training.key, dataset.fingerprint, _code(), machine)
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    folder, digest = Path(trilemma.__file__).parent, hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
