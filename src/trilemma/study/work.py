@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,10 +61,13 @@ def run_jobs(jobs: list[Job], place: Workplace, num_processes: int) -> Iterator[
         return
     parallel = Parallel(n_jobs=min(num_processes, len(jobs)), return_as="generator_unordered")
     try:
-        tasks = (delayed(_numbered)(number, job, place) for number, job in enumerate(jobs))
-        results: Iterator[tuple[int, Any]] = parallel(tasks)  # pyright: ignore[reportAssignmentType] - a generator
-        for number, result in results:
-            yield jobs[number], result
+        with warnings.catch_warnings():
+            # A worker that has come to hold much memory is replaced between two jobs, which is as it should be.
+            warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
+            tasks = (delayed(_numbered)(number, job, place) for number, job in enumerate(jobs))
+            results: Iterator[tuple[int, Any]] = parallel(tasks)  # pyright: ignore[reportAssignmentType] - a generator
+            for number, result in results:
+                yield jobs[number], result
     except TerminatedWorkerError as error:
         raise Failure(
             "a worker process", "was killed, most likely for want of memory", "Run again with --jobs 1; it resumes"
