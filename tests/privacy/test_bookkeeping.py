@@ -270,3 +270,79 @@ def test_monai_networks_agree_one_way_or_the_other(name, arguments, fast):
     found = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(0.5))
     exact = clipping.clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(0.5))
     assert (found.sum_P - exact.sum_P).norm() <= 1e-5 * exact.sum_P.norm()
+
+
+def test_dropout_and_a_bad_record_leave_the_others_clipped():
+    layers_ = nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, CLASSES)
+    classifier, (x, y) = seeded(lambda: stack(*layers_)), batch(2)
+    x[1] = torch.inf
+    assert why_slow(classifier, x.shape[2:]) is None
+    for seed in range(20):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            found = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(1e-3))
+        assert found.sum_P.norm() <= 1e-3 * (1 + 1e-5)
+
+
+def test_only_bad_records_give_zeros():
+    classifier, (x, y) = NETS["resnet9"](), batch(3)
+    found = clipped_gradient_sum(classifier, mean_cross_entropy, x * torch.inf, y, Flat(1.0))
+    assert not found.sum_P.any()
+    assert not found.norms_B.isfinite().any()
+
+
+def test_the_verdict_follows_what_is_trainable():
+    classifier = seeded(lambda: Classifier(Functional(), CLASSES))
+    classifier.module.end.requires_grad_(False)
+    assert why_slow(classifier, torch.Size([1, 16, 16])) is None
+    classifier.module.end.requires_grad_(True)
+    assert "differ" in why_slow(classifier, torch.Size([1, 16, 16]))
+
+
+class MixingInTraining(Mixing):
+    def forward(self, x):
+        return super().forward(x) if self.training else self.end(torch.tanh(self.start(x.flatten(1))))
+
+
+class HardlyUsed(Functional):
+    """A wrong path that is small now and need not stay so."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 3e-4
+
+    def forward(self, x):
+        h = torch.tanh(self.start(x.flatten(1)))
+        return self.end(h) + self.scale * F.linear(h, self.end.weight)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.end = nn.Linear(256, CLASSES)
+
+    def forward(self, x):
+        return self.end(input=x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(MixingInTraining, "differ"), (HardlyUsed, "differ"), (ByKeyword, "cannot follow its forward pass")],
+)
+def test_what_hides_is_found(module, reason):
+    assert reason in why_slow(seeded(lambda: Classifier(module(), CLASSES)), torch.Size([1, 16, 16]))
+
+
+def test_a_norm_that_large_numbers_leave_over_is_not_trusted_to_the_ghost():
+    module = seeded(lambda: nn.Linear(40, 30))
+    draws = torch.Generator().manual_seed(0)
+    x = 1000 + torch.randn(2, 1, 6, 40, generator=draws)
+    g = torch.randn(2, 1, 6, 30, generator=draws)
+    g -= g.mean(2, keepdim=True)
+    assert bookkeeping.layers.ghost_pays(module, x, g)
+    exact_B = bookkeeping.layers.per_unit_gradients(module, x.double(), g.double(), ["weight"])["weight"].norm(dim=1)
+    ghost_B = bookkeeping.layers.ghost_squared_norm(module, x, g)
+    assert ((ghost_B.sqrt() - exact_B).abs() > 1e-5 * exact_B).any()
+    assert not bookkeeping.layers.ghost_is_exact(x, g, ghost_B)
+    parts = bookkeeping._layer_parts(module, [(x, g)])
+    assert ((parts[id(module.weight)].squared_norm_B.sqrt() - exact_B).abs() <= 1e-4 * exact_B).all()
