@@ -193,6 +193,10 @@ def _section(name: str, annotation: Any) -> list[str]:
             parts.append(f'### {name}: `kind = "{kind}"`')
         parts += [_about(spec), _table(spec)]
         for inner, field in spec.model_fields.items():
+            outer = TrainSpec.model_fields.get(inner)
+            if outer and kinds(outer.annotation) and kinds(outer.annotation) == kinds(field.annotation):
+                parts.append(f"What `{inner}` may be stands under [base.{inner}](#base{inner}).")
+                continue
             for table in kinds(field.annotation):
                 if table not in members:  # a table within the table, described here unless it is in this section
                     heading = f"### {name}.{inner}" + (f': `kind = "{table.kind}"`' if table.kind else "")

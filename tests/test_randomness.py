@@ -37,6 +37,17 @@ def test_ten_thousand_streams_start_apart():
     assert len(starts) > 9_990
 
 
+def test_torch_shares_streams_that_numpy_tells_apart():
+    # Torch's generator on the CPU has 32 bits of the seed, so that of 120 000 roles some two draw the same.
+    first: dict[int, int] = {}
+    number = next(n for n in range(300_000) if first.setdefault(derive_seed(0, "noise", n) & 0xFFFFFFFF, n) != n)
+    other = first[derive_seed(0, "noise", number) & 0xFFFFFFFF]
+    torchs = [torch.rand(5, generator=generator(0, "noise", n)) for n in (number, other)]
+    numpys = [numpy_generator(0, "noise", n).standard_normal(5) for n in (number, other)]
+    assert torch.equal(*torchs)
+    assert not np.array_equal(*numpys)
+
+
 def test_the_global_seed_holds_within_and_is_put_back():
     torch.manual_seed(5)
     expected = torch.rand(3)

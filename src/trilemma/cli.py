@@ -12,10 +12,12 @@ from trilemma.cli_ledger import ledger_app
 from trilemma.cli_options import (
     DEFAULT_STORE,
     DataFolder,
+    Device,
     LedgerFolder,
     Overrides,
     StoreFolder,
     StudyFile,
+    Threads,
     console,
     data_roots,
     load_plan,
@@ -52,8 +54,8 @@ def run(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Processes at once.", show_default="the number of cores")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Torch threads of each process.")] = 1,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Threads = 1,
+    device: Device = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     ledgers: LedgerFolder = None,
 ) -> None:
@@ -89,13 +91,16 @@ def check(
     store: StoreFolder = DEFAULT_STORE,
     data: DataFolder = None,
     overrides: Overrides = None,
+    threads: Threads = 1,
+    device: Device = "auto",
     ledgers: LedgerFolder = None,
 ) -> None:
     """Say what a study would do, what of it is in the store, and what can carry no guarantee, without running it."""
     from trilemma.study.check import check_study
+    from trilemma.study.workplace import choose_device
 
     plan = load_plan(study_file, overrides)
-    check_study(plan, store, data_roots(data), console(), ledgers)
+    check_study(plan, store, data_roots(data), console(), ledgers, choose_device(device), threads)
 
 
 @app.command()

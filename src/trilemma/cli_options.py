@@ -27,6 +27,8 @@ LedgerFolder = Annotated[
         show_default="no books are kept",
     ),
 ]
+Threads = Annotated[int, typer.Option(min=1, help="Torch threads of each process.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DEFAULT_STORE = Path("results")
 
 

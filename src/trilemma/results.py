@@ -151,6 +151,8 @@ class Results:
         examples: Images for the gallery.
         missing: Cells of the study that are not in the store yet, one phrase each.
         command: The command that reproduces it.
+        environment: What the report was made on.
+        public: One entry per data set that the study pretrains on.
     """
 
     name: str
@@ -165,3 +167,4 @@ class Results:
     missing: tuple[str, ...] = ()
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
+    public: tuple[DataFacts, ...] = ()

@@ -1,20 +1,30 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from helpers.tiny_federation import DP, tiny_dataset, tiny_federation, tiny_spec, trained_state
 from trilemma.federation import local_training
+from trilemma.federation.augmentation import augment
 from trilemma.federation.clients import Client, Shard
-from trilemma.federation.local_training import batches, learning_rate, load_model, local_train, mean_gradient
+from trilemma.federation.local_training import (
+    batches,
+    learning_rate,
+    load_batch,
+    load_model,
+    local_train,
+    mean_gradient,
+)
+from trilemma.federation.specs import Augmentation
 from trilemma.federation.training import initial_state
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import get_params
 from trilemma.privacy.clipping_rules import Flat
 from trilemma.privacy.plan import PrivacyPlan
-from trilemma.randomness import generator
+from trilemma.randomness import generator, numpy_generator
 from trilemma.robustness.objectives import standard
 
 
@@ -33,6 +43,8 @@ def test_no_clipping_and_no_noise_is_plain_sgd_on_the_same_batches(defence, monk
     federation = tiny_federation(local=local, defence=defence)
     index = [list(range(start, start + 8)) for start in (0, 8, 16, 4)]
     monkeypatch.setattr(local_training, "batches", lambda *_: iter(index))
+    # A private training has streams of its own; here both must draw the same.
+    monkeypatch.setattr(local_training, "client_stream", lambda spec, _, role, i: (spec.seed, role, i, 0))
     plain = train(federation)
     private = train(federation, plan=PrivacyPlan(32, 0.25, 8.0, Flat(float("inf")), 0.0))
     assert plain.update_P.norm() > 0.05
@@ -162,11 +174,11 @@ def test_every_step_round_and_client_has_noise_of_its_own_at_the_rate_of_its_tim
     plan, updates = PrivacyPlan(32, 1e-12, 16.0, Flat(0.5), 2.0), []
     for round_index, position in ((0, 0), (0, 1), (1, 0), (1, 1)):
         update_P = train(federation, position, plan, round_index=round_index).update_P
-        draws = generator(0, "noise", federation.spec.key, round_index, position)
+        draws = numpy_generator(0, "noise", federation.spec.key, "f0", round_index, position)
         expected_P = torch.zeros_like(update_P)
         for step in (0, 1):
             rate = 0.5 * (1 + math.cos(math.pi * (round_index + step / 2) / 2))
-            expected_P -= rate * torch.randn(update_P.shape, generator=draws) * 2.0 * 0.5 / 16.0
+            expected_P -= rate * torch.from_numpy(draws.standard_normal(len(update_P), np.float32)) * 2.0 * 0.5 / 16.0
         assert torch.allclose(update_P, expected_P, atol=1e-5)
         updates.append(update_P)
     correlation = torch.corrcoef(torch.stack(updates)) - torch.eye(4)
@@ -198,3 +210,66 @@ def test_a_defence_warms_up_with_the_rounds():
         for defence in ({"kind": "none"}, {"kind": "fgsm", "radius": 0.1, "warmup": 1.0})
     )
     assert not torch.equal(plain.params_P, warm.params_P)
+
+
+CHANGED = {"shift": 1, "flip": True}
+
+
+def test_one_copy_is_the_image_itself_bit_for_bit():
+    records = tiny_dataset().train
+    x, y = load_batch(
+        Augmentation(**CHANGED), records, [4, 0, 9], torch.Generator().manual_seed(1), torch.device("cpu")
+    )
+    assert torch.equal(x, augment(records.x([4, 0, 9]), 1, True, torch.Generator().manual_seed(1)))
+    assert y.tolist() == records.y([4, 0, 9]).tolist()
+
+
+def test_copies_stand_side_by_side_and_are_changed_each_in_its_own_way():
+    records = tiny_dataset().train
+    index, draws = [4, 0, 9], torch.Generator().manual_seed(1)
+    x, y = load_batch(Augmentation(**CHANGED, multiplicity=4), records, index, draws, torch.device("cpu"))
+    assert x.shape == (12, 1, 8, 8) and y.tolist() == records.y([4] * 4 + [0] * 4 + [9] * 4).tolist()
+    for start, record in zip((0, 4, 8), index, strict=True):
+        assert any(not torch.equal(x[start], x[start + i]) for i in (1, 2, 3))
+        # A shift and a flip make no grey levels that the image does not have.
+        inner = set(records.x([record]).flatten().tolist())
+        assert all(value in inner for value in x[start : start + 4].flatten().tolist())
+    empty, none = load_batch(Augmentation(**CHANGED, multiplicity=4), records, [], draws, torch.device("cpu"))
+    assert empty.shape == (0, 1, 8, 8) and none.shape == (0,)
+
+
+def test_equal_copies_are_refused():
+    with pytest.raises(ValueError, match="equal copies.*give a shift or flip"):
+        Augmentation(multiplicity=2)
+    assert Augmentation(flip=True, multiplicity=2).multiplicity == 2
+
+
+def test_plain_training_takes_the_mean_over_the_copies(monkeypatch):
+    monkeypatch.setattr(local_training, "batches", lambda *_: iter([[3, 8]]))
+    local = {"batch_size": 2, "steps": 1, "momentum": 0, "learning_rate": 1.0}
+    federation = tiny_federation(local={**local, "augmentation": {**CHANGED, "multiplicity": 5}})
+    update_P = train(federation).update_P
+    client, state = federation.clients[0], initial_state(tiny_federation())
+    draws = generator(0, "augmentation", 0, 0)
+    x = augment(client.shards[0].records.x([3] * 5 + [8] * 5), 1, True, draws)
+    load_model(federation.classifier, state.params_P, state.buffers_Q)
+    y = client.shards[0].records.y([3] * 5 + [8] * 5)
+    gradient_P, _ = mean_gradient(federation.classifier, standard(), x, y, torch.Generator())
+    assert torch.allclose(update_P, -gradient_P, atol=1e-6)
+    other = train(tiny_federation(local={**local, "augmentation": CHANGED})).update_P
+    assert not torch.allclose(update_P, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize("unit", ["example", "patient"])
+def test_all_copies_of_a_unit_are_clipped_as_one(unit, monkeypatch):
+    local = {"batch_size": 16, "steps": 1, "momentum": 0, "learning_rate": 1.0}
+    local["augmentation"] = {**CHANGED, "multiplicity": 6}
+    monkeypatch.setattr(local_training, "batches", lambda *_: iter([[3]]))
+    federation = tiny_federation(local=local, privacy={**DP, "unit": unit})
+    plan = replace(federation.clients[0].plan, noise_multiplier=0.0, clipper=Flat(1e-3), denominator=1.0)
+    result = train(federation, plan=plan)
+    # The copies' gradients point much the same way: clipped one by one, they would add up to nearly six clips.
+    assert float(result.update_P.norm()) == pytest.approx(1e-3, rel=1e-3)
+    assert result.loss == result.loss
+    same = {**local, "augmentation": CHANGED}
+    assert not torch.equal(train(tiny_federation(local=same, privacy=DP), plan=plan).update_P, result.update_P)

@@ -107,6 +107,12 @@ KINDS = {
         "server": {"kind": "sgd", "momentum": 0.9}, "model": {"kind": "resnet9", "width": 4, "norm": "batch"},
     },
     "centralised, momentum": {"algorithm": {"kind": "centralised"}},
+    "averaged, batch norm": {"averaging": {"decay": 0.9}, "model": {"kind": "resnet9", "width": 4, "norm": "batch"}},
+    "averaged, alone": {"averaging": {"decay": 0.5}, "algorithm": {"kind": "local_only", "client": 1}},
+    "averaged, private, copies": {
+        "averaging": {"decay": 0.9}, "privacy": DP,
+        "local": {"batch_size": 16, "steps": 1, "augmentation": {"flip": True, "multiplicity": 3}},
+    },
     "local only, adam": {
         "algorithm": {"kind": "local_only", "client": 2}, "local": {"optimizer": "adam", "batch_size": 16},
     },
@@ -334,6 +340,63 @@ def test_the_trained_model_is_the_states():
     model = trained_model(federation, state)
     assert not model.training
     assert torch.equal(get_params(model), state.params_P)
+
+
+AVERAGED = {
+    "federated": {},
+    "pooled": {"algorithm": {"kind": "centralised"}},
+    "alone": {"algorithm": {"kind": "local_only", "client": 0}},
+    "batch norm": {"model": {"kind": "resnet9", "width": 4, "norm": "batch"}},
+}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_the_average_follows_its_formula_and_changes_no_round(name):
+    dataset, changes = tiny_dataset(), {**AVERAGED[name], "rounds": 4}
+    federation = tiny_federation(dataset, **changes, averaging={"decay": 0.2})
+    plain = tiny_federation(dataset, **changes)
+    state = other = initial_state(federation)
+    expected_P, expected_Q = state.params_P, state.buffers_Q
+    assert torch.equal(state.model_P, state.params_P)
+    for decay in (1 / 10, 2 / 11, 0.2, 0.2):  # (1 + t) / (10 + t) until it passes 0.2
+        state, other = run_round(federation, state), run_round(plain, other)
+        expected_P = decay * expected_P + (1 - decay) * state.params_P
+        expected_Q = decay * expected_Q + (1 - decay) * state.buffers_Q
+        assert torch.equal(state.params_P, other.params_P) and torch.equal(state.buffers_Q, other.buffers_Q)
+        assert torch.allclose(state.model_P, expected_P, atol=1e-7)
+        assert torch.allclose(state.model_Q, expected_Q, atol=1e-7)
+        assert not torch.allclose(state.model_P, state.params_P, atol=1e-5)
+        assert torch.equal(other.model_P, other.params_P) and other.average_P is None
+    model = trained_model(federation, state)
+    assert torch.equal(get_params(model), state.model_P) and torch.equal(get_buffers(model), state.model_Q)
+    assert state.history[-1]["val_loss"] == watch(model, dataset.val)["val_loss"]
+    assert state.history[-1]["val_loss"] != other.history[-1]["val_loss"]
+
+
+def test_an_average_that_keeps_nothing_is_none():
+    dataset = tiny_dataset()
+    federation, plain = tiny_federation(dataset, averaging={"decay": 0}), tiny_federation(dataset)
+    state, other = trained_state(federation), trained_state(plain)
+    assert torch.equal(state.model_P, other.model_P)
+    assert [{**row, "seconds": 0} for row in state.history] == [{**row, "seconds": 0} for row in other.history]
+    for decay in (1, -0.1):
+        with pytest.raises(ValueError, match="decay"):
+            tiny_spec(averaging={"decay": decay})
+
+
+def test_the_average_costs_no_privacy():
+    claims = [
+        guarantee(federation, trained_state(federation))
+        for federation in (tiny_federation(privacy=DP), tiny_federation(privacy=DP, averaging={"decay": 0.9}))
+    ]
+    assert claims[0] == claims[1]
+
+
+def test_a_checkpoint_from_before_there_were_averages_is_read():
+    tensors, texts = initial_state(tiny_federation()).pack()
+    texts.pop("pretraining_seconds")
+    state = TrainingState.unpack(tensors, texts, CPU)
+    assert state.average_P is None and state.seconds == 0
 
 
 def test_private_steps_are_counted_where_they_ran():

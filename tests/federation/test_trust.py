@@ -23,6 +23,7 @@ from trilemma.models.classifier import Classifier
 from trilemma.privacy.accounting import epsilon
 from trilemma.privacy.clipping_rules import Flat, PerLayer
 from trilemma.privacy.guarantee import DpEvent
+from trilemma.privacy.specs import DpSgd
 
 INFINITY = float("inf")
 STEP = {"batch_size": 16, "steps": 1, "momentum": 0, "learning_rate": 0.5}
@@ -30,6 +31,11 @@ DISTRIBUTED = {**DP, "trust": "distributed"}
 PATIENT = {**DP, "unit": "patient"}
 CLIENT = {**DP, "unit": "client", "trust": "central"}
 EIGHT = {"partition": {"kind": "iid", "num_clients": 8}, "local": {**STEP, "batch_size": 4}}
+
+
+def public_stream(spec, client, role, round_index):
+    """As of a training without privacy: the same draws for both that are compared."""
+    return spec.seed, role, round_index, client.number
 
 
 def opened(federation, clipper, **changes):
@@ -51,6 +57,7 @@ def test_no_clipping_and_no_noise_is_plain_sgd_on_the_same_batches(privacy, clip
     # Full batches in the order of the records, so that augmentation and attacks draw the same for each.
     # Every patient of this data has two images.
     monkeypatch.setattr(local_training, "batches", lambda spec, client, *_: iter([list(range(client.num_units))]))
+    monkeypatch.setattr(local_training, "client_stream", public_stream)
     dataset = tiny_dataset()
     fields = {"local": {**STEP, "batch_size": 32, "augmentation": {"shift": 1}}, "defence": defence}
     plain = trained_state(tiny_federation(dataset, **fields))
@@ -61,6 +68,29 @@ def test_no_clipping_and_no_noise_is_plain_sgd_on_the_same_batches(privacy, clip
     assert float((state.params_P - plain.params_P).norm()) < 1e-3 * moved
     clipped = trained_state(opened(tiny_federation(dataset, privacy=privacy, **narrow), Flat(0.001)))
     assert float((clipped.params_P - plain.params_P).norm()) > 0.1 * moved
+
+
+@pytest.mark.parametrize("privacy", [DP, PATIENT, DISTRIBUTED], ids=["example", "patient", "distributed"])
+def test_with_copies_too_no_clipping_and_no_noise_is_plain_sgd(privacy, monkeypatch):
+    monkeypatch.setattr(local_training, "batches", lambda spec, client, *_: iter([list(range(client.num_units))]))
+    monkeypatch.setattr(local_training, "client_stream", public_stream)
+    dataset, augmentation = tiny_dataset(), {"shift": 1, "flip": True, "multiplicity": 3}
+    fields = {"local": {**STEP, "batch_size": 16, "augmentation": augmentation}, "defence": {"kind": "fgsm"}}
+    plain = trained_state(tiny_federation(dataset, **fields))
+    state = trained_state(opened(tiny_federation(dataset, privacy=privacy, **fields), Flat(INFINITY)))
+    moved = float((plain.params_P - initial_state(tiny_federation(dataset)).params_P).norm())
+    assert float((state.params_P - plain.params_P).norm()) < 1e-3 * moved
+    fields["local"] = {**fields["local"], "augmentation": {"shift": 1, "flip": True}}
+    once = trained_state(tiny_federation(dataset, **fields))
+    assert float((once.params_P - plain.params_P).norm()) > 0.01 * moved
+
+
+def test_copies_cost_no_privacy():
+    (one, other) = (
+        planned_events(tiny_federation(privacy=DP, local={**STEP, "augmentation": augmentation}))
+        for augmentation in ({"shift": 1}, {"shift": 1, "multiplicity": 8})
+    )
+    assert one == other
 
 
 def test_patients_and_not_images_are_sampled_and_counted():
@@ -146,8 +176,7 @@ def test_a_trusted_servers_noise_is_what_is_accounted():
 def test_a_round_without_anybody_is_noise_and_counted():
     federation = tiny_federation(privacy=CLIENT, algorithm={"kind": "fedavg", "clients_per_round": 1}, rounds=12)
     state = trained_state(federation)
-    empty = [row for row in state.history if not row["clients"]]
-    assert empty and all(row["loss"] is None and row["bytes_up"] == 0 for row in empty)
+    assert [] in [who_takes_part(federation, index) for index in range(12)]
     assert state.params_P.isfinite().all()
     assert state.private_steps == dict.fromkeys(("client 1", "client 2", "client 3"), 12)
     json.dumps(state.history, allow_nan=False)
@@ -215,7 +244,7 @@ def test_a_malformed_update(privacy, monkeypatch):
     if privacy is DISTRIBUTED:  # of a secure sum nothing is left, and the honest shares are too few
         assert row["dropped"] == row["clients"] and torch.equal(state.params_P, start.params_P)
     else:  # a trusted server counts it as zero, over the same denominator
-        assert row["dropped"] == ["client 2"] and not torch.equal(state.params_P, start.params_P)
+        assert "dropped" not in row and not torch.equal(state.params_P, start.params_P)
 
 
 ADAPTIVE = {"kind": "adaptive", "quantile": 0.4}
@@ -383,6 +412,46 @@ def test_what_only_the_data_show_is_refused_before_anything_runs(privacy, messag
         tiny_federation(privacy=privacy, local=STEP)
 
 
+def test_delta_is_held_against_the_largest_hospital_too():
+    sizes = {
+        "partition": {"kind": "quantity", "num_clients": 3, "sizes": [4, 3, 1]},
+        "local": {**STEP, "batch_size": 6},
+    }
+    for privacy in (DP, DISTRIBUTED):  # of 48, 36 and 12 records
+        tiny_federation(privacy={**privacy, "delta": 1 / 49}, **sizes)
+        with pytest.raises(UserError, match="client 'client 1': privacy.delta 0.025 is not below 1 / 48 records"):
+            tiny_federation(privacy={**privacy, "delta": 0.025}, **sizes)
+
+
+def test_given_noise_skips_no_check():
+    spec = DpSgd.model_validate({**DISTRIBUTED, "delta": 0.01})
+    assert spec.make(99, 10, 5, noise=1.0, num_honest=3).noise_multiplier == 1.0
+    with pytest.raises(ValueError, match="not below 1 / 100 records"):
+        spec.make(100, 10, 5, noise=1.0, num_honest=3)
+    with pytest.raises(ValueError, match="batch_size 100 exceeds its 99 records"):
+        spec.make(99, 100, 5, noise=1.0, num_honest=3)
+
+
+SMALL_DENSENET = {"init_features": 8, "growth_rate": 8, "block_config": [1, 1], "norm": ["group", {"num_groups": 8}]}
+
+
+def test_what_is_advised_against_batch_norm_helps():
+    def federation(network, arguments):
+        model = {"kind": "monai", "network": network, "arguments": arguments}
+        return tiny_federation(tiny_dataset(size=32), privacy=DP, local=STEP, model=model)
+
+    with pytest.raises(UserError, match="batch statistics.*MONAI's ResNets and SENets keep batch norm"):
+        federation("resnet10", {"norm": ["group", {"num_groups": 8}]})  # it has its batch norm all the same
+    for network, arguments in (
+        ("DenseNet", SMALL_DENSENET), ("DenseNet", {**SMALL_DENSENET, "norm": "instance"}),
+        ("EfficientNetBN", {"model_name": "efficientnet-b0", "norm": ["group", {"num_groups": 8}]}),
+        ("ViT", {"patch_size": 16, "hidden_size": 12, "mlp_dim": 12, "num_layers": 1, "num_heads": 2}),
+    ):  # fmt: skip
+        federation(network, arguments)
+    one = federation("DenseNet", SMALL_DENSENET)
+    assert trained_state(one, rounds=1).params_P.isfinite().all()
+
+
 def test_a_batch_of_more_patients_than_there_are_is_refused():
     with pytest.raises(UserError, match="client 'client 1': local.batch_size 17 exceeds its 16 patients"):
         tiny_federation(privacy=PATIENT, local={**STEP, "batch_size": 17})
@@ -402,11 +471,21 @@ WORDS = {
     ),
     "distributed": (
         {"privacy": DISTRIBUTED, "local": STEP},
-        ["sound only under a secure sum", "does not hide its parts", "Every hospital must add its share"],
+        [
+            "sound only under a secure sum",
+            "does not hide its parts",
+            "Every hospital must add its share",
+            "not about a hospital that takes part",
+            "2 of 3 shares are left, 0.816 of the stated noise",
+        ],
     ),
     "distributed, one colludes": (
         {"privacy": {**DISTRIBUTED, "num_colluding": 1}, "local": STEP},
-        ["sound only under a secure sum", "for the others even if 1 hospital should side with the server"],
+        [
+            "sound only under a secure sum",
+            "for the others even if 1 hospital should side with the server",
+            "take away the share of it that a hospital knows as its own",
+        ],
     ),
     "client": (
         {"privacy": CLIENT},
@@ -433,6 +512,49 @@ def test_the_guarantee_says_in_words_what_it_rests_on(name):
     for phrase in (*phrases, "noise multiplier 1 in 2 steps at sampling rate", "seeded noise", "choice of settings"):
         assert phrase in words
     assert type(claim).model_validate_json(claim.model_dump_json()) == claim
+
+
+def test_a_guarantee_that_a_curious_hospital_weakens_says_by_how_much():
+    def claimed(**changes):
+        federation = tiny_federation(privacy={**DISTRIBUTED, "noise_multiplier": 0.7, **changes}, local=STEP)
+        return federation, guarantee(federation, trained_state(federation))
+
+    federation, claim = claimed()
+    (phrase,) = [phrase for phrase in claim.outside if "takes part" in phrase]
+    left = claim.events_by_client["client 1"][0].model_copy(update={"noise_multiplier": 0.7 * math.sqrt(2 / 3)})
+    assert f"at most {math.ceil(100 * epsilon([left], 1e-3)) / 100:.2f} (num_colluding = 1" in phrase
+    assert epsilon([left], 1e-3) > 1.2 * claim.epsilon
+    _, covered = claimed(num_colluding=1)
+    assert covered.epsilon == claim.epsilon and not [phrase for phrase in covered.outside if "takes part" in phrase]
+    alone = {"kind": "fedavg", "clients_per_round": 1}
+    only = tiny_federation(privacy=DISTRIBUTED, local=STEP, algorithm=alone)
+    assert "takes part" not in " ".join(guarantee(only, trained_state(only)).outside)
+
+
+@pytest.mark.parametrize("noise", ["seeded", "system"])
+def test_who_took_part_is_not_in_the_history_where_it_must_stay_secret(noise):
+    few = {"kind": "fedavg", "clients_per_round": 1}
+    federation = tiny_federation(privacy={**CLIENT, "noise": noise}, algorithm=few, rounds=8)
+    state = trained_state(federation)
+    public = {"round", "loss", "val_accuracy", "val_loss"}
+    assert all(row.keys() == public and row["loss"] is None for row in state.history)
+    assert not any(client.name in json.dumps(state.history) for client in federation.clients)
+    assert state.seconds == state.unlisted_seconds > 0
+    packed = TrainingState.unpack(*state.pack(), CPU)
+    assert packed.seconds == state.seconds
+    assert run_round(federation, packed).seconds > state.seconds
+    assert any("no report or export holds them" in phrase for phrase in guarantee(federation, state).outside)
+
+
+@pytest.mark.parametrize("privacy", [DP, PATIENT, {**DISTRIBUTED, "num_colluding": 1}])
+def test_training_losses_are_kept_with_noise_from_a_seed_only(privacy):
+    seeded, system = (tiny_federation(privacy={**privacy, "noise": n}, local=STEP) for n in ("seeded", "system"))
+    assert all(row["loss"] is not None for row in trained_state(seeded).history)
+    state = trained_state(system)
+    assert all(row["loss"] is None and row["val_loss"] is not None and row["clients"] for row in state.history)
+    outside = guarantee(system, state).outside
+    assert any("counted once" in phrase for phrase in outside) and any("are not kept" in phrase for phrase in outside)
+    assert not any("counted once" in phrase for phrase in guarantee(seeded, state).outside)
 
 
 def test_noise_from_the_system_differs_every_time_and_is_said():

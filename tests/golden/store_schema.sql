@@ -76,7 +76,7 @@ CREATE TABLE runs (
         seconds REAL NOT NULL,
         peak_memory_bytes INTEGER NOT NULL,
         num_parameters INTEGER NOT NULL
-    )
+    , lineage TEXT NOT NULL DEFAULT '{}')
 
 CREATE TABLE studies (
         name TEXT PRIMARY KEY,
@@ -85,4 +85,4 @@ CREATE TABLE studies (
         opened_at TEXT NOT NULL
     )
 
--- version 1
+-- version 2

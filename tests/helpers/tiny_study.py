@@ -15,7 +15,7 @@ from trilemma.study.load import load_study
 from trilemma.study.plan import Plan, make_plan
 from trilemma.study.progress import Progress
 from trilemma.study.store import Store
-from trilemma.study.workplace import Workplace
+from trilemma.study.workplace import Books, Workplace
 
 TINY = """
 name = "tiny"
@@ -90,10 +90,10 @@ def roots_below(folder: Path, data: Path | None = None) -> DataRoots:
     return DataRoots(data=data or folder / "data", cache=folder / "cache", offline=True)
 
 
-def run_plan(plan: Plan, folder: Path, roots: DataRoots, jobs: int = 1) -> str:
+def run_plan(plan: Plan, folder: Path, roots: DataRoots, jobs: int = 1, books: Books | None = None) -> str:
     """Does what is missing of a study, as `trilemma run` does, and returns what the user saw."""
     shown = io.StringIO()
-    place = Workplace(folder.resolve(), roots, "cpu", 1, os.getpid())
+    place = Workplace(folder.resolve(), roots, "cpu", 1, os.getpid(), books)
     with Store(folder, write=True) as store:
         store.open_study(plan.study.name, plan.study.question, "")
         Engine(plan, store, place, jobs, Progress(Console(file=shown, width=500))).run()

@@ -81,10 +81,30 @@ def test_the_same_training_with_other_events_or_another_release_is_charged(book)
     book.book(request("a", event(1), release="r"))
     assert not book.book(request("a", event(1), release="r")).charges(request("a", event(1), release="r"))
     after = Ledger.open(book.path)
-    assert len(after.entries) == 1 and after.knows("a") and not after.knows("b")
+    assert len(after.entries) == 1 and after.holds(after.entries[0].id) and not after.holds("")
     for other in (("a", event(2), "r"), ("a", event(1, noise=301.0), "r"), ("a", event(1), "s"), ("b", event(1), "r")):
         assert after.charges(request(*other[:2], release=other[2]))
     assert after.charges(request("a", event(1), release=None))
+
+
+def test_a_booking_has_an_id_of_its_own_in_all_books_at_once(tmp_path):
+    paths = [Ledger.create(tmp_path / f"{name}.jsonl", terms(owner=name)).path for name in "ab"]
+    asked = dict.fromkeys(paths, request("t", event(1)))
+    first, second = book_all(asked), book_all(asked)
+    assert len(set(first.values())) == len(set(second.values())) == 1 and first != second
+    for path in paths:
+        book = Ledger.open(path)
+        assert [entry.id for entry in book.entries] == [first[path], second[path]]
+        assert book.holds(first[path]) and not book.holds("another")
+
+
+def test_a_line_without_an_id_counts_and_is_taken_for_nobodys(book):
+    """It says what was spent, and not for which of several equal releases."""
+    entry = {"kind": "book", "time": "", "training": "a", "study": "s", "events": [[300.0, 1.0, 1]], "release": "r"}
+    rewritten(book.path, terms().model_dump(mode="json"), {**entry, "epsilon_after": 1.0})
+    old = Ledger.open(book.path)
+    assert old.spent() == total([event(1)], delta=DELTA) and not old.holds("")
+    assert len(old.book(request("a", event(1), release="r")).entries) == 2
 
 
 def test_what_is_shown_never_says_less_spent_or_more_left():
@@ -159,8 +179,8 @@ def test_all_hospitals_or_none(tmp_path):
     with pytest.raises(UserError, match="there is no ledger here"):
         book_all({rich.path: big, tmp_path / "z.jsonl": big})
     assert rich.path.read_bytes() == before[0]
-    after = book_all({rich.path: big, tmp_path / "a.jsonl": big})
-    assert [len(one.entries) for one in after.values()] == [1]
+    ids = book_all({rich.path: big, tmp_path / "a.jsonl": big})
+    assert [entry.id for entry in Ledger.open(rich.path).entries] == list(ids.values())
 
 
 def test_two_names_of_one_book_do_not_wait_for_each_other(book, tmp_path):
@@ -262,6 +282,12 @@ def test_lines_taken_out_moved_or_put_in_are_noticed(tmp_path, change, line):
     for use in (Ledger.open, lambda path: book_all({path: request("next", event(1))})):
         with pytest.raises(Failure, match=rf"north.jsonl: line {line}: .*Put the file back from a copy"):
             use(book.path)
+
+
+def test_a_byte_that_makes_a_number_infinite_is_noticed(book):
+    book.path.write_bytes(book.path.read_bytes().replace(b"1e-05", b"1e405"))
+    with pytest.raises(Failure, match="north.jsonl: line 1: was changed"):
+        Ledger.open(book.path)
 
 
 def test_lines_cut_off_the_end_are_noticed_by_whoever_noted_the_seal(tmp_path):
@@ -368,7 +394,9 @@ def test_a_disk_that_fills_between_two_hospitals_costs_nothing_twice(tmp_path, m
         with pytest.raises(Failure, match="Free some space"):
             book_all(dict.fromkeys(paths, same))
     assert [len(Ledger.open(path).entries) for path in paths] == [1, 0]
-    assert [len(one.entries) for one in book_all(dict.fromkeys(paths, same)).values()] == [1, 1]
+    ids = book_all(dict.fromkeys(paths, same))
+    assert [[entry.id for entry in Ledger.open(path).entries] for path in paths] == [[one] for one in ids.values()]
+    assert len(set(ids.values())) == 2 and book_all(dict.fromkeys(paths, same)) == ids
 
 
 def test_a_line_that_may_not_be_on_the_disk_is_not_booked(book, monkeypatch):

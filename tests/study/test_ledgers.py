@@ -205,9 +205,9 @@ def test_a_training_overtaken_by_another_run_is_refused(create, run, study, root
     assert create(1.2 * cost_of(study, roots))[0] == 0
     real = train_job.book_training
 
-    def late(place, training, federation, steps_done):
-        real(place, replace(training, key="somebody else's"), federation, steps_done)
-        real(place, training, federation, steps_done)
+    def late(place, training, federation, lineage):
+        real(place, replace(training, key="somebody else's"), federation, lineage)
+        return real(place, training, federation, lineage)
 
     monkeypatch.setattr(train_job, "book_training", late)
     code, _, err = run()
@@ -360,4 +360,4 @@ def test_books_of_one_file_are_refused(study, roots, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="would be the book of both 'hospital 1' and 'hospital 2'"):
         ledgers.create_books(plan_of(study), place, tmp_path / "books", 8.0, 1e-3)
     with pytest.raises(UserError, match="would be the book of both"):
-        ledgers._claims(place, plan_of(study).trainings[0])
+        ledgers.check_books(plan_of(study), {}, place)

@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from trilemma.errors import Failure, UserError
 from trilemma.evaluation.measurement import Measurement, Outcome
 from trilemma.privacy.guarantee import NO_PRIVACY
 from trilemma.results import DataFacts, Example
+from trilemma.study.lineage import Lineage
 from trilemma.study.migrations import MIGRATIONS
 from trilemma.study.rows import ArtefactRow, EvaluationRow, RunRow
 from trilemma.study.store import Store
@@ -63,6 +65,21 @@ def test_an_empty_file_is_brought_up_to_date(tmp_path):
         assert opened.keys("runs") == set()
     with Store(tmp_path) as opened:
         assert opened.studies() == []
+
+
+def test_trainings_of_the_first_version_are_kept_and_name_no_booking(tmp_path):
+    db = sqlite3.connect(tmp_path / "store.db")
+    db.executescript(MIGRATIONS[0] + "PRAGMA user_version = 1")
+    claimed = NO_PRIVACY.model_dump_json()
+    db.execute("INSERT INTO runs VALUES ('s1:run', '{}', '[]', ?, '{}', 'print', 1.5, 10, 20)", (claimed,))
+    db.commit()
+    db.close()
+    with Store(tmp_path, write=True) as opened:
+        row = opened.run("s1:run")
+        assert row == RunRow("s1:run", {}, [], NO_PRIVACY, {}, "print", 1.5, 10, 20, Lineage())
+        paid = Lineage("r", {"north": {"x": 3}})
+        opened.note_lineage("s1:run", paid)
+        assert opened.runs(["s1:run", "s1:other"]) == {"s1:run": replace(row, lineage=paid)}
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):

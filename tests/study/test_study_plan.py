@@ -124,7 +124,12 @@ CHANGES = [
     *(("local", {"learning_rate": 1, "momentum": 0.5} | change) for change in (
         {"learning_rate": 2}, {"momentum": 0}, {"optimizer": "adam"}, {"weight_decay": 1}, {"batch_size": 3},
         {"epochs": 2}, {"steps": 2}, {"schedule": "cosine"}, {"augmentation": {"shift": 1}},
-        {"augmentation": {"flip": True}})),
+        {"augmentation": {"flip": True}}, {"augmentation": {"flip": True, "multiplicity": 2}})),
+    *(("pretraining", {"data": {"kind": "phantom", "size": 16}} | change) for change in (
+        {}, {"data": {"kind": "phantom", "size": 16, "seed": 1}}, {"epochs": 1}, {"optimizer": "adam"},
+        {"learning_rate": 1}, {"momentum": 0}, {"batch_size": 8}, {"augmentation": {"flip": True}})),
+    ("averaging", {"decay": 0}),
+    ("averaging", {"decay": 0.9}),
     *(("server", server) for server in (
         {"kind": "sgd", "learning_rate": 2}, {"kind": "sgd", "momentum": 0.5}, {"kind": "adam"},
         {"kind": "adam", "beta1": 0}, {"kind": "adam", "tau": 1})),

@@ -43,6 +43,7 @@ class Client:
         steps: Steps in each round.
         weight: Of its update, before normalising over the round's participants.
         units: The positions of each unit's records, where a unit may hold several; None where each record is one.
+        fingerprint: Of the data set; names its private streams together with the training.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Client:
     steps: int
     weight: float
     units: Units | None = None
+    fingerprint: str = ""
 
     @property
     def num_units(self) -> int:
@@ -112,7 +114,7 @@ def make_clients(spec: TrainSpec, dataset: Dataset, partition: Partition) -> tup
             )
             for number, name in enumerate(partition.clients)
         ]
-    return _with_plans(spec, tuple(clients))
+    return _with_plans(spec, tuple(replace(client, fingerprint=dataset.fingerprint) for client in clients))
 
 
 def refuse_unknown_patients(dataset: Dataset) -> None:

@@ -11,7 +11,8 @@ from trilemma.data.records import Records
 from trilemma.federation.augmentation import augment
 from trilemma.federation.clients import Client
 from trilemma.federation.optimizers import State
-from trilemma.federation.specs import FedProx, TrainSpec
+from trilemma.federation.specs import Augmentation, FedProx, TrainSpec
+from trilemma.federation.streams import client_stream, private_generator
 from trilemma.federation.units import unit_gradient_sum
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import get_buffers, get_params, set_buffers, set_params
@@ -20,6 +21,9 @@ from trilemma.privacy.plan import PrivacyPlan
 from trilemma.privacy.specs import DpSgd
 from trilemma.randomness import generator, global_seed
 from trilemma.robustness.objective import Objective
+
+#: Images attacked at once at most: a private step may be large, and the gradient engine takes it in parts too.
+CRAFTED_TOGETHER = 256
 
 
 class LocalResult(NamedTuple):
@@ -63,23 +67,24 @@ def local_train(
         optimizer_state: To go on with; None starts afresh.
         clip: The clipping norm to start with, where it adapts; None for the plan's first.
     """
-    optimizer = spec.local.make()
+    optimizer, augmentation = spec.local.make(), spec.local.augmentation
     params_P = start_P = get_params(classifier)
     state = optimizer_state if optimizer_state is not None else optimizer.init(params_P)
     draws = _draws(spec, client, round_index, classifier.device)
     total_loss, seen, noised_count = 0.0, 0, None
     classifier.train()
-    with global_seed(spec.seed, "dropout", round_index, client.number):
+    with global_seed(*client_stream(spec, client, "dropout", round_index)):
         for step, drawn in enumerate(batches(spec, client, len(records), round_index)):
             time = round_index + step / client.steps  # in rounds
             objective = spec.defence.make(time / spec.rounds)
             if client.plan is None:
-                x_BCHW, y_B = load_batch(spec, records, drawn, draws)
+                x_BCHW, y_B = load_batch(augmentation, records, drawn, draws.changes, classifier.device)
                 gradient_P, loss_B = mean_gradient(classifier, objective, x_BCHW, y_B, draws.crafting)
             else:
                 index, sizes_U = client.records_of(drawn)
-                x_ICHW, y_I = load_batch(spec, records, index, draws)
-                x_IVCHW = objective.views(classifier, x_ICHW, y_I, draws.crafting) if index else x_ICHW[:, None]
+                x_ICHW, y_I = load_batch(augmentation, records, index, draws.changes, classifier.device)
+                sizes_U = [size * augmentation.multiplicity for size in sizes_U]
+                x_IVCHW = crafted(objective, classifier, x_ICHW, y_I, draws.crafting)
                 summed = unit_gradient_sum(client.plan, classifier, objective.loss, (x_IVCHW, y_I), sizes_U, clip)
                 gradient_P, loss_B = client.plan.noised_mean(summed.sum_P, draws.noise, clip), summed.losses_B
                 clip, noised_count = _adapted(spec, client.plan, summed.norms_B, draws.noise, clip)
@@ -107,21 +112,35 @@ class Draws(NamedTuple):
 
 
 def _draws(spec: TrainSpec, client: Client, round_index: int, device: torch.device) -> Draws:
-    draws = private_generator(spec, "noise", round_index, client.number)
+    draws = private_generator(spec, client.fingerprint, "noise", round_index, client.number)
     return Draws(
-        generator(spec.seed, "augmentation", round_index, client.number),
-        generator(spec.seed, "defence", round_index, client.number, device=device),
+        generator(*client_stream(spec, client, "augmentation", round_index)),
+        generator(*client_stream(spec, client, "defence", round_index), device=device),
         client.plan.noise_source(draws) if client.plan is not None else seeded_noise(draws),
     )
 
 
-def load_batch(spec: TrainSpec, records: Records, index: list[int], draws: Draws) -> tuple[Tensor, Tensor]:
-    """Returns a step's augmented images and labels, on the model's device; a Poisson-sampled batch may be empty."""
-    device = draws.crafting.device
-    x_BCHW, y_B = records.x(index).to(device), records.y(index).to(device)
+def load_batch(
+    augmentation: Augmentation, records: Records, index: list[int], changes: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns a step's augmented images and labels, copies side by side; a Poisson-sampled batch may be empty."""
+    x_BCHW, y_B = (
+        whole.to(device).repeat_interleave(augmentation.multiplicity, 0)
+        for whole in (records.x(index), records.y(index))
+    )
     if index:
-        x_BCHW = augment(x_BCHW, spec.local.augmentation.shift, spec.local.augmentation.flip, draws.changes)
+        x_BCHW = augment(x_BCHW, augmentation.shift, augmentation.flip, changes)
     return x_BCHW, y_B
+
+
+def crafted(
+    objective: Objective, classifier: Classifier, x_BCHW: Tensor, y_B: Tensor, crafting: torch.Generator
+) -> Tensor:
+    """Returns the views x_BVCHW of a private step's images, `CRAFTED_TOGETHER` at a time; of none, none."""
+    if not len(y_B):
+        return x_BCHW[:, None]
+    parts = zip(x_BCHW.split(CRAFTED_TOGETHER), y_B.split(CRAFTED_TOGETHER), strict=True)
+    return torch.cat([objective.views(classifier, x, y, crafting) for x, y in parts])
 
 
 def _adapted(
@@ -140,7 +159,7 @@ def _adapted(
 def batches(spec: TrainSpec, client: Client, num_records: int, round_index: int) -> Iterator[list[int]]:
     """Yields the positions of each step's records, from shuffled passes; under DP its units, Poisson-sampled."""
     if client.plan is not None:
-        draws = private_generator(spec, "poisson", round_index, client.number)
+        draws = private_generator(spec, client.fingerprint, "poisson", round_index, client.number)
         for _ in range(client.steps):
             yield client.plan.sample(draws).tolist()
         return
@@ -153,14 +172,6 @@ def batches(spec: TrainSpec, client: Client, num_records: int, round_index: int)
                 return
             yield order[start : start + spec.local.batch_size]
             done += 1
-
-
-def private_generator(spec: TrainSpec, role: str, round_index: int, *who: str | int) -> torch.Generator:
-    """Returns the stream of a draw that privacy rests on; it is each training's own.
-
-    If two trainings of one seed shared their noise, the difference of the two released models would be free of it.
-    """
-    return generator(spec.seed, role, spec.key, round_index, *who)
 
 
 def learning_rate(spec: TrainSpec, time: float) -> float:

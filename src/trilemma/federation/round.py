@@ -2,17 +2,21 @@
 
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trilemma.data.records import Records
 from trilemma.federation.clients import Client, participants
-from trilemma.federation.local_training import LocalResult, load_model, local_train, private_generator
+from trilemma.federation.local_training import LocalResult, load_model, local_train
 from trilemma.federation.server import Federation, aggregate, server_step
-from trilemma.federation.specs import Centralised, FedAvg, LocalOnly
+from trilemma.federation.specs import Averaging, Centralised, FedAvg, LocalOnly
 from trilemma.federation.state import EVERYBODY, TrainingState
+from trilemma.federation.streams import private_generator
 from trilemma.models.classifier import Classifier
+from trilemma.privacy.specs import DpSgd
 
 #: Bytes of a float32 on the wire.
 FLOAT_BYTES = 4
@@ -27,29 +31,57 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     params_P, server = state.params_P, state.server
     if aggregated.update_P is not None:
         params_P, server = server_step(spec, params_P, aggregated.update_P, server)
-    load_model(federation.classifier, params_P, aggregated.buffers_Q)
-    row = {
-        "round": state.round + 1,
-        "clients": [client.name for client in chosen],
-        "dropped": [client.name for client in chosen if client not in aggregated.used],
-        "loss": mean_loss([result.loss for result in results.values()]),
-        **watch(federation.classifier, federation.val),
-        **_traffic(federation, chosen, state),
-    }
-    kept = dict(state.clients)
-    if not isinstance(spec.algorithm, FedAvg):
-        kept |= {client.name: results[client.name].optimizer_state for client in aggregated.used}
-    row["seconds"] = time.perf_counter() - started
-    return TrainingState(
+    average_P, average_Q = averaged(spec.averaging, state, params_P, aggregated.buffers_Q)
+    following = TrainingState(
         state.round + 1,
         params_P,
         aggregated.buffers_Q,
         server,
-        kept,
-        _charged(federation, chosen, state),
-        (*state.history, row),
-        aggregated.clips,
+        private_steps=_charged(federation, chosen, state),
+        clips=aggregated.clips,
+        average_P=average_P,
+        average_Q=average_Q,
+        pretraining_seconds=state.pretraining_seconds,
     )
+    load_model(federation.classifier, following.model_P, following.model_Q)
+    row = {"round": state.round + 1, **watch(federation.classifier, federation.val), "loss": None}
+    if federation.plan is None:  # where it must stay secret who took part, a row must not tell
+        row |= _of_the_clients(federation, results, aggregated.used, state)
+    kept = dict(state.clients)
+    if not isinstance(spec.algorithm, FedAvg):
+        kept |= {client.name: results[client.name].optimizer_state for client in aggregated.used}
+    seconds = time.perf_counter() - started
+    if federation.plan is None:
+        row["seconds"] = seconds
+    unlisted = state.unlisted_seconds + (seconds if federation.plan is not None else 0.0)
+    return replace(following, clients=kept, history=(*state.history, row), unlisted_seconds=unlisted)
+
+
+def _of_the_clients(
+    federation: Federation, results: dict[str, LocalResult], used: list[Client], state: TrainingState
+) -> dict[str, Any]:
+    """Returns who took part in a round, what crossed the network, and the mean training loss where it may be kept."""
+    privacy, chosen = federation.spec.privacy, [client for client in federation.clients if client.name in results]
+    no_noise_of_its_own = isinstance(privacy, DpSgd) and privacy.noise == "system"
+    return {
+        "clients": [client.name for client in chosen],
+        "dropped": [client.name for client in chosen if client not in used],
+        "loss": None if no_noise_of_its_own else mean_loss([result.loss for result in results.values()]),
+        **_traffic(federation, chosen, state),
+    }
+
+
+def averaged(
+    averaging: Averaging | None, state: TrainingState, params_P: Tensor, buffers_Q: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the moving average after a round that ended at (params_P, buffers_Q); it starts at the initial weights.
+
+    Nothing but weights that are released enters it, so it costs no privacy.
+    """
+    if averaging is None:
+        return None, None
+    decay = averaging.decay_after(state.round)
+    return decay * state.model_P + (1 - decay) * params_P, decay * state.model_Q + (1 - decay) * buffers_Q
 
 
 def who_takes_part(federation: Federation, round_index: int) -> list[Client]:
@@ -57,7 +89,7 @@ def who_takes_part(federation: Federation, round_index: int) -> list[Client]:
     if federation.plan is None:
         positions = participants(federation.spec, len(federation.clients), round_index)
     else:
-        draws = private_generator(federation.spec, "poisson", round_index, "server")
+        draws = private_generator(federation.spec, federation.fingerprint, "poisson", round_index, "server")
         positions = federation.plan.sample(draws).tolist()
     return [federation.clients[position] for position in positions]
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from trilemma.data.records import Records
 from trilemma.federation.clients import Client
-from trilemma.federation.local_training import LocalResult, private_generator
+from trilemma.federation.local_training import LocalResult
 from trilemma.federation.optimizers import Optimizer
 from trilemma.federation.specs import FedAvg, TrainSpec
 from trilemma.federation.state import EVERYBODY, TrainingState
+from trilemma.federation.streams import private_generator
 from trilemma.models.classifier import Classifier
 from trilemma.privacy.plan import PrivacyPlan
 from trilemma.privacy.specs import DpSgd
@@ -27,6 +28,7 @@ class Federation:
         val: Records on which the server watches progress; they choose nothing.
         classifier: A workspace on the device; its weights are set before every use.
         plan: The server's, where it is trusted to protect whole clients; None otherwise.
+        fingerprint: Of the data set; names the server's private streams together with the training.
     """
 
     spec: TrainSpec
@@ -34,6 +36,7 @@ class Federation:
     val: Records
     classifier: Classifier
     plan: PrivacyPlan | None = None
+    fingerprint: str = ""
 
 
 class Aggregated(NamedTuple):
@@ -111,7 +114,8 @@ def _noised_by_server(
     An update that is malformed counts as zero. A round in which nobody was drawn is noise alone; a server that left
     it out would tell that nobody was drawn.
     """
-    add_noise = plan.noise_source(private_generator(federation.spec, "noise", state.round, "server"))
+    draws = private_generator(federation.spec, federation.fingerprint, "noise", state.round, "server")
+    add_noise = plan.noise_source(draws)
     clip = state.clips.get(EVERYBODY)
     rows = [results[client.name].update_P for client in sound]
     updates_NP = torch.stack(rows) if rows else state.params_P.new_zeros(0, len(state.params_P))

@@ -21,10 +21,22 @@ class Augmentation(Spec):
     Attributes:
         shift: Largest shift in pixels, in both directions; the border is repeated.
         flip: Mirror left and right with probability one half. It moves the heart to the other side.
+        multiplicity: How often an image enters each step that it is drawn for, every copy changed in its own way (De
+            et al. 2022). The mean of the copies' losses counts as the image's, so that privacy costs the same.
     """
 
     shift: int = Field(default=0, ge=0, le=64)
     flip: bool = False
+    multiplicity: int = Field(default=1, ge=1, le=256)
+
+    @model_validator(mode="after")
+    def _copies_differ(self) -> "Augmentation":
+        if self.multiplicity > 1 and not self.shift and not self.flip:
+            raise ValueError(
+                f"multiplicity {self.multiplicity} would compute on equal copies of each image, for nothing changes "
+                "them; give a shift or flip, or leave multiplicity out"
+            )
+        return self
 
 
 class Local(Spec):
@@ -74,7 +86,63 @@ class Local(Spec):
     @property
     def label(self) -> str:
         """Returns the short text for tables."""
-        return f"{self.optimizer} {self.learning_rate:g}, batch {self.batch_size}"
+        copies = self.augmentation.multiplicity
+        return f"{self.optimizer} {self.learning_rate:g}, batch {self.batch_size}" + (f" x {copies}" * (copies > 1))
+
+
+class Averaging(Spec):
+    """The model is a moving average of the weights after each round; training goes on from the last ones.
+
+    Attributes:
+        decay: What the average keeps of itself in a round. Early on it is less, (1 + t) / (10 + t) after t rounds, so
+            that the initial weights are soon forgotten.
+    """
+
+    decay: float = Field(ge=0, lt=1)
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        return f"averaged {self.decay:g}"
+
+    def decay_after(self, rounds: int) -> float:
+        """Returns the decay of the round that follows `rounds` rounds."""
+        return min(self.decay, (1 + rounds) / (10 + rounds))
+
+
+class Pretraining(Spec):
+    """Plain training of the initial weights on images that are public, before the first round.
+
+    They need the size and channels of the study's own images. With as many classes as these the last layer is kept, in
+    the order of the classes; with another number it starts afresh.
+
+    Attributes:
+        data: Public or synthetic images; their training split is used.
+        epochs: Passes over them.
+        optimizer: Of this training only.
+        learning_rate: Constant.
+        momentum: Of SGD.
+        batch_size: Images per step.
+        augmentation: Random changes of the images.
+    """
+
+    data: DataSpec
+    epochs: int = Field(default=5, ge=1)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = Field(default=0.05, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    batch_size: int = Field(default=64, ge=2)
+    augmentation: Augmentation = Augmentation()
+
+    @property
+    def label(self) -> str:
+        """Returns the short text for tables."""
+        synthetic = " (synthetic)" if isinstance(self.data, Phantom) else ""
+        return f"pretrained on {self.data.label}{synthetic}"
+
+    def make(self) -> Optimizer:
+        """Returns the optimizer."""
+        return adam() if self.optimizer == "adam" else sgd(self.momentum)
 
 
 class FedAvg(Spec):
@@ -219,10 +287,12 @@ class TrainSpec(Spec):
         data: Where the images come from.
         partition: Which hospital holds which.
         model: The network.
+        pretraining: On public images, for better initial weights; None: random ones.
         algorithm: How the hospitals collaborate, or one of the baselines without collaboration.
         local: How a client trains.
         server: What the server does with the aggregated update.
         aggregation: How updates become one.
+        averaging: Makes a moving average of the weights the model; None: the weights after the last round.
         defence: Training objective against inference-time attacks.
         privacy: Differential privacy.
         threat: What malicious clients do at training time.
@@ -233,10 +303,12 @@ class TrainSpec(Spec):
     data: DataSpec = Phantom()
     partition: PartitionSpec = Iid(num_clients=3)
     model: ModelSpec = Resnet9(width=16)
+    pretraining: Pretraining | None = None
     algorithm: AlgorithmSpec = FedAvg()
     local: Local = Local()
     server: ServerSpec = ServerSgd()
     aggregation: AggregationSpec = Mean()
+    averaging: Averaging | None = None
     defence: DefenceSpec = NoDefence()
     privacy: PrivacySpec = NoPrivacy()
     threat: ThreatSpec = NoThreat()

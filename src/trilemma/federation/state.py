@@ -24,8 +24,12 @@ class TrainingState:
         server: State of the server's optimizer.
         clients: Client name -> state of its optimizer, where it outlives the round (the baselines).
         private_steps: Client name -> DP steps that ran: what the guarantee is computed from.
-        history: One JSON-like dict per round.
+        history: One JSON-like dict per round, fit to be shown: under unit "client" nothing that tells who took part.
         clips: Client name -> clipping norm, where it adapts; `EVERYBODY` where one holds for all clients.
+        average_P: Moving average of the parameters, where the training makes one and a round has ended.
+        average_Q: The same of the buffers: batch norm's statistics must fit the parameters.
+        pretraining_seconds: Wall time before the first round.
+        unlisted_seconds: Wall time of the rounds whose rows do not give it.
     """
 
     round: int
@@ -36,10 +40,32 @@ class TrainingState:
     private_steps: dict[str, int] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
     clips: dict[str, float] = field(default_factory=dict)
+    average_P: Tensor | None = None
+    average_Q: Tensor | None = None
+    pretraining_seconds: float = 0.0
+    unlisted_seconds: float = 0.0
+
+    @property
+    def model_P(self) -> Tensor:
+        """Returns the parameters of the model that this state stands for; the next round starts at `params_P`."""
+        return self.params_P if self.average_P is None else self.average_P
+
+    @property
+    def model_Q(self) -> Tensor:
+        """Returns the buffers of that model."""
+        return self.buffers_Q if self.average_Q is None else self.average_Q
+
+    @property
+    def seconds(self) -> float:
+        """Returns the wall time of all that led to this state."""
+        listed = sum(row.get("seconds", 0.0) for row in self.history)
+        return self.pretraining_seconds + self.unlisted_seconds + listed
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns the state as named tensors and a text for each other field, for a safetensors file."""
         tensors = {"params": self.params_P, "buffers": self.buffers_Q}
+        if self.average_P is not None and self.average_Q is not None:
+            tensors |= {"average": self.average_P, "average_buffers": self.average_Q}
         tensors |= {f"server/{name}": value for name, value in self.server.items()}
         for client, state in self.clients.items():
             tensors |= {f"client/{client}/{name}": value for name, value in state.items()}
@@ -48,6 +74,8 @@ class TrainingState:
             "private_steps": json.dumps(self.private_steps),
             "history": json.dumps(self.history),
             "clips": json.dumps(self.clips),
+            "pretraining_seconds": json.dumps(self.pretraining_seconds),
+            "unlisted_seconds": json.dumps(self.unlisted_seconds),
         }
         return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, texts
 
@@ -79,4 +107,8 @@ class TrainingState:
             private_steps=json.loads(texts["private_steps"]),
             history=tuple(json.loads(texts["history"])),
             clips=json.loads(texts.get("clips", "{}")),  # none adapted where a checkpoint does not have them
+            average_P=tensors["average"].to(device) if "average" in tensors else None,
+            average_Q=tensors["average_buffers"].to(device) if "average" in tensors else None,
+            pretraining_seconds=json.loads(texts.get("pretraining_seconds", "0.0")),
+            unlisted_seconds=json.loads(texts.get("unlisted_seconds", "0.0")),
         )

@@ -3,11 +3,12 @@
 The rounds are the caller's loop, so that whoever runs them can store every state without a callback:
 
     federation = prepare(spec, dataset, device)
-    state = initial_state(federation)
+    state = initial_state(federation)  # with `pretraining`: initial_state(federation, public)
     while state.round < spec.rounds:
         state = run_round(federation, state)
 """
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from trilemma.errors import UserError
 from trilemma.federation.clients import Client, make_clients, planned_rounds, server_plan
 from trilemma.federation.local_training import load_model
 from trilemma.federation.outside import outside_phrases
+from trilemma.federation.pretraining import pretrain
 from trilemma.federation.server import Federation, server_optimizer
 from trilemma.federation.specs import Centralised, TrainSpec
 from trilemma.federation.state import TrainingState
@@ -40,19 +42,38 @@ def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device) -> Federati
     partition = spec.partition.make()(dataset, spec.seed)
     clients = make_clients(spec, dataset, partition)
     refuse_lone_records(spec, clients, classifier)
-    return Federation(spec, clients, dataset.val, classifier.to(device), server_plan(spec, len(clients)))
+    plan = server_plan(spec, len(clients))
+    return Federation(spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint)
 
 
-def initial_state(federation: Federation) -> TrainingState:
-    """Returns the state before the first round: the weights in the workspace, so ask before any round has used it."""
-    params_P = get_params(federation.classifier)
-    server = server_optimizer(federation.spec)
-    return TrainingState(0, params_P, get_buffers(federation.classifier), server.init(params_P) if server else {})
+def initial_state(federation: Federation, public: Dataset | None = None) -> TrainingState:
+    """Returns the state before the first round: the weights in the workspace, so ask before any round has used it.
+
+    Args:
+        federation: The training.
+        public: What `spec.pretraining` names, and nothing else: the initial weights are trained on it, here.
+
+    Raises:
+        UserError: If that training's weights become infinite, or its images do not fit the network.
+    """
+    started, spec, classifier = time.perf_counter(), federation.spec, federation.classifier
+    if (spec.pretraining is None) != (public is None):
+        raise ValueError("a training with `pretraining` starts from that data set, and one without from none")
+    if public is not None:
+        pretrain(spec, public, classifier)
+    params_P, server = get_params(classifier), server_optimizer(spec)
+    return TrainingState(
+        0,
+        params_P,
+        get_buffers(classifier),
+        server.init(params_P) if server else {},
+        pretraining_seconds=time.perf_counter() - started if public is not None else 0.0,
+    )
 
 
 def trained_model(federation: Federation, state: TrainingState) -> Classifier:
     """Returns the workspace with the state's weights in it, in evaluation mode."""
-    load_model(federation.classifier, state.params_P, state.buffers_Q)
+    load_model(federation.classifier, state.model_P, state.model_Q)
     return federation.classifier.eval()
 
 
@@ -74,7 +95,7 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
         num_colluding=spec.privacy.num_colluding,
         accountant=accountant_name(max(epsilon_by_client.values())),
         noise_source=noise_source_in_words(spec.privacy.noise),
-        outside=outside_phrases(federation, spec.privacy),
+        outside=outside_phrases(federation, spec.privacy, events),
     )
 
 
@@ -106,8 +127,9 @@ def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:
         raise UserError(
             "model.norm",
             f"layer '{layers[0]}' normalises by batch statistics, which DP-SGD cannot bound per record",
-            'Use norm = "group" (resnet9, resnet18), or for a MONAI network arguments = '
-            '{ norm = ["group", { num_groups = 8 }] } or norm = "instance"',
+            'Use kind = "resnet9" or "resnet18" with norm = "group", or of MONAI a DenseNet or EfficientNetBN with '
+            'arguments = { norm = ["group", { num_groups = 8 }] } or { norm = "instance" }, or a ViT, which has none. '
+            "MONAI's ResNets and SENets keep batch norm whatever they are told",
         )
 
 
@@ -122,6 +144,7 @@ def refuse_lone_records(spec: TrainSpec, clients: Sequence[Client], classifier: 
         client
         for client in clients
         if client.plan is None
+        and spec.local.augmentation.multiplicity == 1  # copies are several
         and (size == 1 or client.num_records % size == 1)
         and client.steps * size >= client.num_records  # the last batch of a pass is reached
     ]

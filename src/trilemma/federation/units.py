@@ -45,18 +45,15 @@ def unit_gradient_sum(
     if all(size == 1 for size in sizes_U):
         return plan.gradient_sum(classifier, loss, x_IVCHW, y_I, clip)
     starts_U = np.cumsum([0, *sizes_U[:-1]])
-    parts = []
+    total_P, rest = x_IVCHW.new_zeros(()), []  # a running sum: each is as large as the model
     for size in sorted(set(sizes_U)):
         first_B = starts_U[np.asarray(sizes_U) == size]
         index_BS = torch.from_numpy(first_B[:, None] + np.arange(size)).to(y_I.device)
         x_BWCHW = x_IVCHW[index_BS].flatten(1, 2)
-        parts.append(plan.gradient_sum(classifier, mean_over_images(loss), x_BWCHW, y_I[index_BS], clip))
-    return ClippedSum(
-        torch.stack([part.sum_P for part in parts]).sum(0),
-        torch.cat([part.norms_B for part in parts]),
-        torch.cat([part.losses_B for part in parts]),
-        torch.cat([part.norms_BG for part in parts]),
-    )
+        sum_P, *numbers = plan.gradient_sum(classifier, mean_over_images(loss), x_BWCHW, y_I[index_BS], clip)
+        total_P = total_P + sum_P
+        rest.append(numbers)
+    return ClippedSum(total_P, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
 
 
 def mean_over_images(loss: RecordLoss) -> RecordLoss:

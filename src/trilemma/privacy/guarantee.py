@@ -45,7 +45,8 @@ class Guarantee(BaseModel):
         events_by_client: Client name -> the steps that ran.
         clip: Clipping norm of what a unit contributes; where it adapts, the first one.
         clipping: How a unit's contribution was bounded.
-        num_colluding: Under trust "distributed", how many clients may collude with the server or withhold noise.
+        num_colluding: Under trust "distributed", how many clients may collude with the server or withhold noise; with
+            0 nothing is claimed against a client that takes part, which knows its own share.
         accountant: The accountant behind epsilon, with its version.
         noise_source: Where the noise came from; seeded noise is for research.
         outside: What the claim does not cover, one phrase each.
@@ -98,9 +99,16 @@ class Guarantee(BaseModel):
         if self.trust != "distributed":
             return _TRUST_IN_WORDS[self.trust]
         if not self.num_colluding:
-            return f"{_SECURE_SUM} Every hospital must add its share, and none may tell the server its own."
+            return (
+                f"{_SECURE_SUM} Every hospital must add its share, and none may tell the server its own. The claim is "
+                "about the server and those who see sums and models, not about a hospital that takes part: it knows "
+                "its own share of the noise and can take it away."
+            )
         who = "1 hospital" if self.num_colluding == 1 else f"{self.num_colluding} hospitals"
-        return f"{_SECURE_SUM} It holds for the others even if {who} should side with the server or add no noise."
+        return (
+            f"{_SECURE_SUM} It holds for the others even if {who} should side with the server, add no noise, or take "
+            "away the share of it that a hospital knows as its own."
+        )
 
     def _steps_in_words(self) -> str:
         """Returns noise, sampling rate and steps, said once for all clients that have the same."""
@@ -132,8 +140,8 @@ _TRUSTED_SERVER = (
 )
 
 _SECURE_SUM = (
-    "Each hospital adds a share of the noise. This is sound only under a secure sum: the server and the other "
-    "hospitals may see the sum of all hospitals' contributions and never a single one. This program computes the sum "
+    "Each hospital adds a share of the noise. This is sound only under a secure sum: everybody else may see the sum of "
+    "all hospitals' contributions and never a single one. This program computes the sum "
     "and does not hide its parts; whoever deploys it must."
 )
 

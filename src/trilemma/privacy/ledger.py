@@ -6,6 +6,7 @@ more than was released and never less.
 """
 
 import os
+import secrets
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -104,17 +105,21 @@ class Ledger:
         """Returns budget minus spent; what fits follows from composition, which mostly grants more than addition."""
         return max(0.0, self.terms.epsilon - self.spent())
 
-    def knows(self, training: str) -> bool:
-        """Returns whether a training was ever booked."""
-        return any(entry.training == training for entry in self.entries)
+    def holds(self, booking: str) -> bool:
+        """Returns whether a booking of this id is in the book."""
+        return bool(booking) and any(entry.id == booking for entry in self.entries)
+
+    def repeated(self, request: Request) -> str:
+        """Returns the id of a booking that paid for the very release that is asked for, or "" if there is none."""
+        if request.release is None:
+            return ""
+        wanted = (request.release, request.training, _numbers(request.events))
+        same = (entry.id for entry in self.entries if (entry.release, entry.training, entry.events) == wanted)
+        return next((booking for booking in same if booking), "")
 
     def charges(self, request: Request) -> bool:
         """Returns whether a request has to be booked; otherwise it repeats a release that was."""
-        events = _numbers(request.events)
-        return request.release is None or not any(
-            entry.release == request.release and entry.training == request.training and entry.events == events
-            for entry in self.entries
-        )
+        return not self.repeated(request)
 
     def refuse_overdraw(self, request: Request) -> None:
         """Refuses what exceeds the budget.
@@ -152,7 +157,8 @@ class Ledger:
 
     def book(self, request: Request) -> "Ledger":
         """Books a request and returns the book after it; see `book_all`."""
-        return book_all({self.path: request})[self.path]
+        book_all({self.path: request})
+        return Ledger.open(self.path)
 
     def admit(self, fingerprint: str, num_units: int) -> "Ledger":
         """Lets the book count for another state of the same hospital's images, and returns the book after it.
@@ -170,7 +176,7 @@ class Ledger:
             return Ledger(self.path, read(self.path))
 
 
-def book_all(requests: Mapping[Path, Request]) -> dict[Path, Ledger]:
+def book_all(requests: Mapping[Path, Request]) -> dict[Path, str]:
     """Books one training in the books of all its hospitals, or in none.
 
     All books are locked, in the order of their paths, then all are checked, then all are written. What a book has
@@ -178,7 +184,7 @@ def book_all(requests: Mapping[Path, Request]) -> dict[Path, Ledger]:
     did not run: nothing was released. With seeded noise, running it again costs them nothing more.
 
     Returns:
-        The books after it.
+        Book -> id of the booking that pays for its request: a new one, or that of the release which it repeats.
 
     Raises:
         UserError: If a book is missing or would be overdrawn; no book has changed.
@@ -189,12 +195,14 @@ def book_all(requests: Mapping[Path, Request]) -> dict[Path, Ledger]:
         _refuse_same_file(order)
         files = {path: locks.enter_context(locked(path)) for path in order}
         books = {path: Ledger(path, read(path)) for path in order}
-        charged = [path for path in order if books[path].charges(requests[path])]
+        paid = {path: books[path].repeated(requests[path]) for path in order}
+        charged = [path for path in order if not paid[path]]
+        booking = secrets.token_hex(16)  # not from the line: two books may have a beginning in common
         for path in charged:
             books[path].refuse_overdraw(requests[path])
         for path in charged:
-            append(files[path], path, books[path].content, _booking(books[path], requests[path]))
-        return {path: Ledger(path, read(path)) for path in order}
+            append(files[path], path, books[path].content, _booking(books[path], requests[path], booking))
+        return {path: paid[path] or booking for path in order}
 
 
 def refuse_delta(path: Path, delta: float, num_units: int) -> None:
@@ -243,7 +251,7 @@ def _numbers(events: tuple[DpEvent, ...]) -> tuple[tuple[float, float, int], ...
     return tuple((event.noise_multiplier, event.sampling_rate, event.steps) for event in events)
 
 
-def _booking(book: Ledger, request: Request) -> Booking:
+def _booking(book: Ledger, request: Request, booking: str) -> Booking:
     return Booking(
         time=now(),
         training=request.training,
@@ -251,6 +259,7 @@ def _booking(book: Ledger, request: Request) -> Booking:
         events=_numbers(request.events),
         release=request.release,
         epsilon_after=book.spent(*request.events),
+        id=booking,
     )
 
 

@@ -53,11 +53,14 @@ def noise_source_in_words(kind: NoiseKind) -> str:
     )
 
 
-def seeded_noise(generator: torch.Generator) -> AddNoise:
-    """Returns noise from a generator on the CPU, the same numbers on every device; for research only."""
+def seeded_noise(generator: np.random.Generator) -> AddNoise:
+    """Returns noise from a generator, the same numbers on every device; for research only.
+
+    It is numpy's, because torch's on the CPU uses 32 bits of its seed: two noises of a large study would be equal.
+    """
 
     def add(sum_P: Tensor, standard_deviation: float) -> Tensor:
-        noise_P = torch.randn(sum_P.shape, generator=generator).to(sum_P.device)
+        noise_P = torch.from_numpy(generator.standard_normal(tuple(sum_P.shape), np.float32)).to(sum_P.device)
         return sum_P + noise_P * standard_deviation
 
     return add
@@ -83,13 +86,13 @@ def system_noise() -> AddNoise:
     return add
 
 
-def poisson_sample(num: int, rate: float, generator: torch.Generator | None) -> Tensor:
+def poisson_sample(num: int, rate: float, generator: np.random.Generator | None) -> Tensor:
     """Returns the positions, ascending, of those of `num` units that join a step, each independently.
 
     Args:
         num: How many there are.
         rate: Probability of each, in [0, 1].
-        generator: For research; its numbers have 24 bits, so that the rate may be exceeded by 2^-24. None asks the
+        generator: For research; its numbers have 53 bits, so that the rate may be exceeded by 2^-53. None asks the
             operating system, whose rate is at most 2^-64 below `rate` and never above.
 
     Raises:
@@ -98,7 +101,7 @@ def poisson_sample(num: int, rate: float, generator: torch.Generator | None) -> 
     if not 0 <= rate <= 1:
         raise ValueError(f"the sampling rate {rate} is no probability")
     if generator is not None:
-        return torch.nonzero(torch.rand(num, generator=generator) < rate).flatten()
+        return torch.from_numpy(np.flatnonzero(generator.random(num) < rate))
     if rate == 1:
         return torch.arange(num)
     word_N = np.frombuffer(os.urandom(8 * num), np.uint64)

@@ -7,6 +7,7 @@ trusted server's plan speaks of clients and of their whole updates. Everything e
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +45,11 @@ class PrivacyPlan:
     num_honest: int = 1
     noise: NoiseKind = "seeded"
 
-    def sample(self, generator: torch.Generator) -> Tensor:
+    def sample(self, generator: np.random.Generator) -> Tensor:
         """Returns the numbers of Poisson-sampled units, ascending; there may be none."""
         return poisson_sample(self.num_units, self.sampling_rate, generator if self.noise == "seeded" else None)
 
-    def noise_source(self, generator: torch.Generator) -> AddNoise:
+    def noise_source(self, generator: np.random.Generator) -> AddNoise:
         """Returns what adds noise: drawn from the generator, or from the operating system, as the plan says."""
         return seeded_noise(generator) if self.noise == "seeded" else system_noise()
 

@@ -143,11 +143,12 @@ class DpSgd(Spec):
         noise: "seeded": can be repeated, for research. "system": from the operating system, for deployment.
         epsilon: Target over all rounds; the noise is calibrated to it. Or give `noise_multiplier`.
         noise_multiplier: Standard deviation of the noise over `clip`. Or give `epsilon`.
-        delta: Probability with which the bound may fail; below 1 / (units of the smallest client), under unit
-            "client" below 1 / clients.
+        delta: Probability with which the bound may fail; below 1 / units of every client, and so of the largest; under
+            unit "client" below 1 / clients.
         clip: Clipping norm of what one unit contributes.
         num_colluding: Under trust "distributed": how many hospitals may join the server, or leave out their share of
-            the noise, without weakening the others' guarantee.
+            the noise, without weakening the others' guarantee. With 0 it does not hold against a hospital that takes
+            part, for that one knows its own share; 1 or more covers any one such hospital.
     """
 
     kind: Literal["dp_sgd"] = "dp_sgd"
@@ -197,8 +198,7 @@ class DpSgd(Spec):
         Raises:
             ValueError: If the batch exceeds the units, delta is not below 1 / units, or epsilon is out of reach.
         """
-        if batch_size > num_units:
-            raise ValueError(f"local.batch_size {batch_size} exceeds its {num_units} {_UNITS[self.unit]}")
+        self._check_size(num_units, batch_size)
         return self._calibrated(num_units, batch_size / num_units, steps)
 
     def make(
@@ -215,8 +215,11 @@ class DpSgd(Spec):
             num_honest: How many participants share the noise; 1 for all of it.
 
         Raises:
-            ValueError: As `calibrated`, or if adaptive clipping leaves no noise for the gradients.
+            ValueError: As `calibrated`, also where the noise is given, or if adaptive clipping leaves no noise for the
+                gradients.
         """
+        self._check_size(num_units, batch_size)
+        self._check_delta(num_units)
         calibrated = self.calibrated(num_units, batch_size, steps) if noise is None else noise
         # The share of norms below the clip is counted over all participants' samples.
         adaptation = self._adaptation(calibrated, float(batch_size * num_honest))
@@ -239,12 +242,19 @@ class DpSgd(Spec):
         adaptation, clipper = self._adaptation(noise, float(clients_per_round)), self.clipping.make(self.clip)
         return PrivacyPlan(num_clients, rate, float(clients_per_round), clipper, noise, adaptation, noise=self.noise)
 
-    def _calibrated(self, num_units: int, rate: float, steps: int) -> float:
-        units = _UNITS[self.unit]
+    def _check_size(self, num_units: int, batch_size: int) -> None:
+        if batch_size > num_units:
+            raise ValueError(f"local.batch_size {batch_size} exceeds its {num_units} {_UNITS[self.unit]}")
+
+    def _check_delta(self, num_units: int) -> None:
         if self.delta >= 1 / num_units:
             raise ValueError(
-                f"privacy.delta {self.delta:g} is not below 1 / {num_units} {units}, so it would allow publishing one"
+                f"privacy.delta {self.delta:g} is not below 1 / {num_units} {_UNITS[self.unit]}, so it would allow "
+                "publishing one"
             )
+
+    def _calibrated(self, num_units: int, rate: float, steps: int) -> float:
+        self._check_delta(num_units)
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.epsilon is not None  # the validator's promise

@@ -37,5 +37,6 @@ def data_of(run: Run, results: Results) -> DataUsed:
 def data_in_words(results: Results) -> str:
     """Returns the names of all data sets of the trainings, with what is synthetic said to be so."""
     used = dict.fromkeys(data_of(run, results) for run in results.runs)
+    used |= dict.fromkeys(DataUsed(facts.name, facts.synthetic) for facts in results.public)
     names = [f"{data.name} (SYNTHETIC images, not taken of patients)" if data.synthetic else data.name for data in used]
     return f"Data: {'; '.join(names) or 'none yet'}."

@@ -75,7 +75,7 @@ def _body(results: Results, rows: Sequence[Row]) -> Html:
         ("clients", "Hospitals", sections.clients_section(rows)),
         ("examples", "Examples", sections.gallery_section(results)),
         ("guarantees", "Guarantees", sections.guarantees_section(results)),
-        ("data", "Data", sections.data_section(results.data)),
+        ("data", "Data", sections.data_section((*results.data, *results.public))),
         ("reproduce", "Reproduce", sections.reproduce_section(results)),
         ("missing", "Missing cells", sections.missing_section(results)),
     ]

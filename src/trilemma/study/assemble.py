@@ -4,7 +4,7 @@ from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.specs import AllAtOnce, Transfer
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 from trilemma.study.combine import combined_key, pair_keys, part_keys
-from trilemma.study.facts import facts_key
+from trilemma.study.facts import facts_key, public_data, public_key
 from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell, Plan, Training
 from trilemma.study.store import Store
@@ -40,7 +40,7 @@ def assemble(plan: Plan, store: Store, toml: str, command: str) -> Results:
         question=plan.study.question,
         study_toml=toml,
         seeds=plan.study.seeds,
-        data=_facts(plan, store),
+        data=_known(store, [facts_key(training) for training in plan.trainings]),
         runs=tuple(runs),
         artefacts=tuple(artefacts),
         evaluated=tuple(evaluated),
@@ -48,6 +48,7 @@ def assemble(plan: Plan, store: Store, toml: str, command: str) -> Results:
         missing=tuple(missing),
         command=command,
         environment=runs[0].provenance if runs else {},
+        public=_known(store, [public_key(data) for data in public_data(plan)]),
     )
 
 
@@ -103,6 +104,5 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
     return found
 
 
-def _facts(plan: Plan, store: Store) -> tuple[DataFacts, ...]:
-    keys = dict.fromkeys(facts_key(training) for training in plan.trainings)
-    return tuple(known[0] for key in keys if (known := store.facts(key)))
+def _known(store: Store, keys: list[str]) -> tuple[DataFacts, ...]:
+    return tuple(known[0] for key in dict.fromkeys(keys) if (known := store.facts(key)))

@@ -12,27 +12,45 @@ from trilemma.data.roots import DataRoots
 from trilemma.data.summary import client_rows
 from trilemma.evaluation.specs import AllAtOnce, Transfer
 from trilemma.study.combine import combined_key, part_keys
-from trilemma.study.facts import facts_key, prepare_all
+from trilemma.study.facts import facts_key, prepare_all, public_data
 from trilemma.study.keys import evaluation_key
 from trilemma.study.ledgers import check_books
 from trilemma.study.plan import Plan, Training, without_guarantee
+from trilemma.study.rows import RunRow
 from trilemma.study.store import Store
 from trilemma.study.workplace import Books, Workplace
 
 
-def check_study(plan: Plan, folder: Path, roots: DataRoots, console: Console, ledgers: Path | None = None) -> None:
+def check_study(
+    plan: Plan,
+    folder: Path,
+    roots: DataRoots,
+    console: Console,
+    ledgers: Path | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+) -> None:
     """Prints the study's size, what of it is stored, its data and what can carry no guarantee.
+
+    Args:
+        plan: The study's cells.
+        folder: The store's folder.
+        roots: Where data are read and cached.
+        console: The terminal.
+        ledgers: Folder of the hospitals' budget books, if any are kept.
+        device: On which it would run, "cpu" or "cuda", and
+        threads: with how many torch threads: on others, a seeded training is another release.
 
     Raises:
         UserError: If anything in the study cannot be, or the hospitals' budget books do not allow it.
     """
     books = Books(ledgers, plan.study.name) if ledgers else None
-    place = Workplace(folder, roots, "cpu", 1, 0, books)
+    place = Workplace(folder, roots, device, threads, 0, books)
     prepare_all(plan, place)
     show_data(plan, roots, console)
     console.print(_size_table(plan, folder))
     if books is not None:
-        check_books(plan, _stored(folder)[0], place)
+        check_books(plan, _runs(plan, folder), place)
         console.print("\nThe hospitals' budget books allow all of it.")
     reasons = dict.fromkeys(without_guarantee(plan))
     if reasons:
@@ -42,13 +60,16 @@ def check_study(plan: Plan, folder: Path, roots: DataRoots, console: Console, le
 
 
 def show_data(plan: Plan, roots: DataRoots, console: Console) -> None:
-    """Prints what each source of a study holds and how it is partitioned."""
+    """Prints what each source of a study holds and how it is partitioned, and what it pretrains on."""
     place = Workplace(Path(), roots, "cpu", 1, 0)
     for training in _first_of(plan.trainings, facts_key):
         dataset = place.dataset(training.spec.data)
         partition = training.spec.partition.make()(dataset, training.spec.seed)
         _print_dataset(dataset, console)
         console.print(_client_table(training, dataset, partition))
+    for public in public_data(plan):
+        console.print("\nFor pretraining, its training images:")
+        _print_dataset(public.load(roots), console)
 
 
 def _first_of(trainings: Iterable[Training], name) -> list[Training]:  # noqa: ANN001 - Training -> str
@@ -102,6 +123,13 @@ def _size_table(plan: Plan, folder: Path) -> Table:
         done = sum(key in stored for key in keys)
         table.add_row(name, str(len(keys)), str(done), str(len(keys) - done))
     return table
+
+
+def _runs(plan: Plan, folder: Path) -> dict[str, RunRow]:
+    if not (folder / "store.db").is_file():
+        return {}
+    with Store(folder) as store:
+        return store.runs(training.key for training in plan.trainings)
 
 
 def _stored(folder: Path) -> tuple[set[str], set[str], set[str]]:

@@ -52,8 +52,9 @@ class Engine:
         """
         preflight(self.plan, self.store, self.place)
         if self.place.books is not None:
-            stored = self.store.keys("runs")
-            book_stored(check_books(self.plan, stored, self.place), stored)
+            rows = self.store.runs(training.key for training in self.plan.trainings)
+            for key, lineage in book_stored(check_books(self.plan, rows, self.place), rows):
+                self.store.note_lineage(key, lineage)
         failed: list[TrilemmaError] = []
         failed += self._stage("training", missing_trainings(self.plan, self.store), self._store_run)
         failed += self._stage("compressing", self._compressions(), self.store.add_artefact)

@@ -1,9 +1,13 @@
 """What is known of a study's data before anything is trained on them."""
 
+from typing import Any
+
 from trilemma.data.records import Dataset
+from trilemma.data.specs import DataSpec
 from trilemma.data.summary import client_rows
 from trilemma.errors import Failure
 from trilemma.evaluation.metrics import majority_class
+from trilemma.federation.pretraining import refuse_unfit
 from trilemma.federation.training import prepare
 from trilemma.results import DataFacts
 from trilemma.spec import content_key
@@ -21,17 +25,31 @@ def preflight(plan: Plan, store: Store, place: Workplace) -> None:
     """
     prepare_all(plan, place)
     for training in plan.trainings:
-        _note_facts(training, store, place)
+        dataset = place.dataset(training.spec.data)
+        _note(store, facts_key(training), data_facts(training, dataset), dataset, training.spec.data)
+    for public in public_data(plan):
+        dataset = public.load(place.roots)
+        _note(store, public_key(public), public_facts(dataset), dataset, public)
 
 
 def prepare_all(plan: Plan, place: Workplace) -> None:
     """Prepares every training: the hospitals of another seed's partition may not suit a privacy setting.
+
+    Pretraining is not done, only its images are looked at.
 
     Raises:
         UserError: If data, model and settings do not go together.
     """
     for training in plan.trainings:
         prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
+    pairs = dict.fromkeys((t.spec.data, t.spec.pretraining.data) for t in plan.trainings if t.spec.pretraining)
+    for data, public in pairs:
+        refuse_unfit(place.dataset(data), public.load(place.roots))
+
+
+def public_data(plan: Plan) -> list[DataSpec]:
+    """Returns what a study pretrains on, each source once."""
+    return list(dict.fromkeys(t.spec.pretraining.data for t in plan.trainings if t.spec.pretraining))
 
 
 def facts_key(training: Training) -> str:
@@ -40,11 +58,15 @@ def facts_key(training: Training) -> str:
     return content_key(spec.data.model_dump(mode="json"), spec.partition.model_dump(mode="json"), spec.seed)
 
 
-def _note_facts(training: Training, store: Store, place: Workplace) -> None:
-    key = facts_key(training)
-    dataset = place.dataset(training.spec.data)
+def public_key(data: DataSpec) -> str:
+    """Returns the key of what is known of images that a study pretrains on."""
+    return content_key("pretraining", data.model_dump(mode="json"))
+
+
+def _note(store: Store, key: str, facts: DataFacts, dataset: Dataset, spec: DataSpec) -> None:
+    """Stores what is known of a data set, or refuses one that is not what it was."""
     known = store.facts(key)
-    seen = {known[1] if known else None, store.data_fingerprint(training.spec.data.model_dump(mode="json"))}
+    seen = {known[1] if known else None, store.data_fingerprint(spec.model_dump(mode="json"))}
     if seen - {None, dataset.fingerprint}:
         raise Failure(
             dataset.name,
@@ -52,21 +74,31 @@ def _note_facts(training: Training, store: Store, place: Workplace) -> None:
             "Put the data back, or name another folder with --store",
         )
     if known is None:
-        store.add_facts(key, data_facts(training, dataset), dataset.fingerprint)
+        store.add_facts(key, facts, dataset.fingerprint)
 
 
 def data_facts(training: Training, dataset: Dataset) -> DataFacts:
     """Returns what a report says about a training's data."""
     partition = training.spec.partition.make()(dataset, training.spec.seed)
+    name = f"{dataset.name}, {training.spec.partition.label}, seed {training.spec.seed}"
+    return _facts(dataset, name, client_rows(dataset, partition))
+
+
+def public_facts(dataset: Dataset) -> DataFacts:
+    """Returns what the store notes about images that a study pretrains on, which no hospital holds."""
+    return _facts(dataset, f"{dataset.name}, for pretraining", [])
+
+
+def _facts(dataset: Dataset, name: str, clients: list[dict[str, Any]]) -> DataFacts:
     labels_N = dataset.test.labels_N
     return DataFacts(
-        name=f"{dataset.name}, {training.spec.partition.label}, seed {training.spec.seed}",
+        name=name,
         source=dataset.source,
         synthetic=dataset.synthetic,
         classes=dataset.classes,
         positive_class=dataset.classes[1] if len(dataset.classes) == 2 else "",
         num_records={"train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test)},
         majority_accuracy=float((labels_N == majority_class(labels_N)).mean()) if len(labels_N) else 0.0,
-        clients=client_rows(dataset, partition),
+        clients=clients,
         warnings=dataset.warnings,
     )

@@ -17,7 +17,8 @@ from trilemma.study.plan import Plan, Training
 from trilemma.study.provenance import provenance
 from trilemma.study.workplace import Workplace
 
-#: (data set, positions of a hospital's records) -> their fingerprint: a study asks for each many times.
+#: (data set, positions of a hospital's records) -> their fingerprint, and (key of a data spec, root) -> that of all its
+#: images: a study asks for each many times.
 _FINGERPRINTS: dict[tuple[str, bytes], str] = {}
 
 
@@ -95,13 +96,28 @@ def records_fingerprint(records: Records) -> str:
     return hashlib.blake2b(kind.encode() + b"".join(hashes), digest_size=16).hexdigest()
 
 
-def release_of(place: Workplace, training: Training, dataset: Dataset) -> str:
-    """Returns what two runs have in common whose results are equal to the last bit.
+def release_of(place: Workplace, training: Training, dataset: Dataset) -> str | None:
+    """Returns what two runs with seeded noise have in common whose results are equal to the last bit.
 
-    Without that they would be two releases with the same noise, whose difference has none.
+    Without that they would be two releases with the same noise, whose difference has none. On CUDA it is None, for
+    nothing makes sure that results repeat themselves: where an operation has no deterministic form, it runs all the
+    same.
     """
+    if place.torch_device.type == "cuda":
+        return None
     machine = {**provenance(place.torch_device), "threads": place.threads, "git_revision": "", "cores": 0}
-    return content_key(training.key, dataset.fingerprint, _code(), machine)
+    return content_key(training.key, dataset.fingerprint, _public_fingerprint(place, training), _code(), machine)
+
+
+def _public_fingerprint(place: Workplace, training: Training) -> str:
+    """Returns that of the images that the initial weights are trained on: other ones give another model."""
+    if training.spec.pretraining is None:
+        return ""
+    data = training.spec.pretraining.data
+    name = (data.key, str(place.roots.data).encode())
+    if name not in _FINGERPRINTS:
+        _FINGERPRINTS[name] = data.load(place.roots).fingerprint
+    return _FINGERPRINTS[name]
 
 
 @lru_cache(maxsize=1)

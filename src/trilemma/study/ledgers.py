@@ -4,9 +4,9 @@ Books are kept by name of the hospital, in one folder. A pooled training is book
 pooled, for each of their images was sampled and noised as the pool was.
 """
 
-import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trilemma.errors import Failure, UserError
@@ -18,7 +18,9 @@ from trilemma.privacy.ledger_file import Terms
 from trilemma.privacy.specs import DpSgd
 from trilemma.study.files import load_texts
 from trilemma.study.holdings import Holding, release_of, study_holdings, training_holdings
+from trilemma.study.lineage import Lineage, Payment
 from trilemma.study.plan import Plan, Training, without_guarantee
+from trilemma.study.rows import RunRow
 from trilemma.study.workplace import Books, Workplace
 
 
@@ -28,13 +30,15 @@ class Claim:
 
     Attributes:
         holding: The hospital's.
-        unit: What the training protects.
+        client: Whose steps of the training were made on them.
         request: For its book.
+        paid: Id of a booking in that book -> steps behind the training's state that it paid for.
     """
 
     holding: Holding
-    unit: Unit
+    client: str
     request: Request
+    paid: dict[str, int]
 
 
 def book_path(folder: Path, owner: str) -> Path:
@@ -100,13 +104,13 @@ def read_books(where: Path) -> list[Ledger]:
     return [Ledger.open(path) for path in paths]
 
 
-def check_books(plan: Plan, stored: set[str], place: Workplace) -> list[dict[Path, Claim]]:
+def check_books(plan: Plan, stored: Mapping[str, RunRow], place: Workplace) -> list[dict[Path, Claim]]:
     """Refuses a study, before any of it runs, that the books do not allow; returns what has yet to be booked.
 
     Args:
         plan: The study's cells.
-        stored: Keys of the trainings in the store. They cost nothing if they were booked, on whatever machine; one
-            that never was (it ran without books) is booked like one that will run.
+        stored: Key -> training, of those in the store. They cost nothing if the books hold the bookings that they name,
+            or the release; whatever ran without books is booked like what will run.
         place: With its books.
 
     Returns:
@@ -117,7 +121,6 @@ def check_books(plan: Plan, stored: set[str], place: Workplace) -> list[dict[Pat
             unit's, counts for other images, or would be overdrawn.
         Failure: If a book is damaged.
     """
-    books = _books(place)
     reasons = dict.fromkeys(without_guarantee(plan))
     if reasons:
         raise UserError(
@@ -128,53 +131,74 @@ def check_books(plan: Plan, stored: set[str], place: Workplace) -> list[dict[Pat
     opened: dict[Path, Ledger] = {}
     costly: list[tuple[Training, dict[Path, Claim]]] = []
     for training in plan.trainings:
-        new = {}
-        for path, claim in _claims(place, training).items():
-            if path not in opened:
-                opened[path] = Ledger.open(path)
-            _refuse_stranger(opened[path], claim.holding, claim.unit)
-            _refuse_other_images(opened[path], claim.holding, books)
-            known = opened[path].knows(training.key) if training.key in stored else False
-            if not known and opened[path].charges(claim.request):
-                new[path] = claim
+        federation = prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
+        row = stored.get(training.key)
+        lineage = row.lineage if row else lineage_so_far(place, training)
+        events = row.guarantee.events_by_client if row else planned_events(federation)
+        claims = _claims(place, training, federation, lineage, events, opened)
+        new = {path: claim for path, claim in claims.items() if opened[path].charges(claim.request)}
         if new:
             costly.append((training, new))
     _refuse_overdraw(opened, costly)
     return [new for _, new in costly]
 
 
-def book_stored(claims: list[dict[Path, Claim]], stored: set[str]) -> None:
-    """Books the trainings that ran without books.
+def book_stored(claims: list[dict[Path, Claim]], stored: Mapping[str, RunRow]) -> Iterator[tuple[str, Lineage]]:
+    """Books the stored trainings among `claims`, one by one.
+
+    Yields:
+        The key of each once it is booked, and its lineage, for the store to note.
 
     Raises:
         UserError: If a book would be overdrawn.
         Failure: If a book is damaged or cannot be written.
     """
     for new in claims:
-        requests = {path: claim.request for path, claim in new.items() if claim.request.training in stored}
-        if requests:
-            book_all(requests)
+        row = stored.get(next(iter(new.values())).request.training)
+        if row is not None:
+            ran = row.guarantee.events_by_client
+            steps = {client: sum(event.steps for event in events) for client, events in ran.items()}
+            yield row.key, row.lineage.after(_pay(new), steps)
 
 
-def book_training(place: Workplace, training: Training, federation: Federation, steps_done: dict[str, int]) -> None:
+def book_training(
+    place: Workplace, training: Training, federation: Federation, lineage: Lineage
+) -> tuple[Payment, ...]:
     """Books a training in the books of all its hospitals; it may run once this has returned.
 
     Args:
         place: With its books.
         training: What is about to run.
         federation: The training, prepared.
-        steps_done: Client name -> DP steps of the checkpoint from which it goes on.
+        lineage: Of the state from which it starts.
+
+    Returns:
+        What pays for it, for the lineage of the states to come.
 
     Raises:
         UserError: If a book would be overdrawn; none has changed.
         Failure: If a book is damaged or cannot be written.
     """
-    claims = _claims_of(place, training, federation, steps_done)
-    for path, claim in claims.items():
-        book = Ledger.open(path)
-        _refuse_stranger(book, claim.holding, claim.unit)
-        _refuse_other_images(book, claim.holding, _books(place))
-    book_all({path: claim.request for path, claim in claims.items()})
+    return _pay(_claims(place, training, federation, lineage, planned_events(federation), {}))
+
+
+def lineage_so_far(place: Workplace, training: Training) -> Lineage:
+    """Returns the lineage of the state from which a training starts: that of its checkpoint, if it has one.
+
+    The release has a name only if all rounds run with the same code, on the same machine: so if that of the checkpoint
+    is what it would be here.
+    """
+    privacy, release = training.spec.privacy, None
+    if isinstance(privacy, DpSgd) and privacy.noise == "seeded":
+        release = release_of(place, training, place.dataset(training.spec.data))
+    checkpoint = place.files.checkpoint(training.key)
+    if not checkpoint.exists():
+        return Lineage(release)
+    try:
+        lineage = Lineage.parse(load_texts(checkpoint).get("lineage", "{}"))
+    except (Failure, ValueError):
+        return Lineage()  # whoever wants to go on from it is told
+    return lineage if lineage.release == release else replace(lineage, release=None)
 
 
 def _books(place: Workplace) -> Books:
@@ -182,54 +206,69 @@ def _books(place: Workplace) -> Books:
     return place.books
 
 
-def _claims(place: Workplace, training: Training) -> dict[Path, Claim]:
-    """Returns what a training that is not running asks of each book, going on from its checkpoint if it has one."""
-    federation = prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
-    return _claims_of(place, training, federation, _steps_done(place.files.checkpoint(training.key)))
-
-
-def _steps_done(checkpoint: Path) -> dict[str, int]:
-    """Returns client name -> DP steps of a checkpoint; one that cannot be used is as good as none."""
-    try:
-        return json.loads(load_texts(checkpoint)["private_steps"])
-    except (Failure, KeyError, ValueError):
-        return {}
-
-
-def _claims_of(
-    place: Workplace, training: Training, federation: Federation, steps_done: dict[str, int]
+def _claims(
+    place: Workplace,
+    training: Training,
+    federation: Federation,
+    lineage: Lineage,
+    events_by_client: Mapping[str, tuple[DpEvent, ...]],
+    opened: dict[Path, Ledger],
 ) -> dict[Path, Claim]:
-    """Returns what a training asks of each book.
+    """Returns what a training asks of each book, beyond what the bookings that its lineage names have paid for.
 
-    Seeded noise repeats itself: the whole training is one release, however often it is killed and resumed. Fresh noise
-    does not: a round that was under way when the process was killed may have left the hospital, and is done again with
-    other noise. So each start books all that it will run, and what the one before did not run stays booked.
+    A release with a name repeats itself: the whole training is one, however often it is killed and resumed. Without one
+    it does not: a round that was under way when the process was killed may have left the hospital, and is done again
+    with other noise. So each start books all that it will run, and what the one before did not run stays booked.
+
+    Args:
+        place: With its books.
+        training: What runs or ran.
+        federation: The training, prepared.
+        lineage: Of its state.
+        events_by_client: Client name -> all that it will have run in the end.
+        opened: Books as they were read; others are read and added.
+
+    Raises:
+        UserError: If a book is missing, is another hospital's or another unit's, or counts for other images.
+        Failure: If one is damaged.
     """
-    spec, dataset = training.spec, place.dataset(training.spec.data)
+    spec, books = training.spec, _books(place)
     assert isinstance(spec.privacy, DpSgd)  # others were refused
-    release = release_of(place, training, dataset) if spec.privacy.noise == "seeded" else None
-    holdings = training_holdings(training, dataset)
+    holdings = training_holdings(training, place.dataset(spec.data))
+    events = {name: tuple(event for event in them if event.steps) for name, them in events_by_client.items()}
+    active = [client for client in federation.clients if events.get(client.name)]
+    pairs = [(client.name, holdings[shard.hospital]) for client in active for shard in client.shards]
     claims: dict[Path, Claim] = {}
-    for client in federation.clients:
-        events = planned_events(federation).get(client.name, ())
-        if release is None:
-            events = _without(events, steps_done.get(client.name, 0))
-        events = tuple(event for event in events if event.steps)
-        for shard in client.shards if events else ():
-            holding = holdings[shard.hospital]
-            path = book_path(_books(place).folder, holding.owner)
-            if path in claims:
-                raise _same_file(path, claims[path].holding.owner, holding.owner)
-            request = Request(training.key, _books(place).study, events, release)
-            claims[path] = Claim(holding, spec.privacy.unit, request)
+    for path, (client, holding) in zip(_paths(books.folder, [holding for _, holding in pairs]), pairs, strict=True):
+        book = opened[path] = opened.get(path) or Ledger.open(path)
+        _refuse_stranger(book, holding, spec.privacy.unit)
+        _refuse_other_images(book, holding, books)
+        named = lineage.bookings.get(holding.owner, {})
+        paid = {booking: steps for booking, steps in named.items() if book.holds(booking)}
+        rest = _without(events[client], sum(paid.values()))
+        if rest:
+            asked = events[client] if lineage.release else rest
+            request = Request(training.key, books.study, asked, lineage.release)
+            claims[path] = Claim(holding, client, request, paid)
     return claims
 
 
-def _without(events: tuple[DpEvent, ...], steps_done: int) -> tuple[DpEvent, ...]:
-    """Returns events without the steps that a checkpoint holds; with several kinds of events all are kept."""
-    if len(events) != 1:
-        return events
-    return (events[0].model_copy(update={"steps": max(0, events[0].steps - steps_done)}),)
+def _pay(claims: Mapping[Path, Claim]) -> tuple[Payment, ...]:
+    """Books one training's claims."""
+    bookings = book_all({path: claim.request for path, claim in claims.items()})
+    payments = []
+    for path, claim in claims.items():
+        before = sum(steps for booking, steps in claim.paid.items() if booking != bookings[path])
+        payments.append(Payment(claim.holding.owner, claim.client, bookings[path], before))
+    return tuple(payments)
+
+
+def _without(events: tuple[DpEvent, ...], paid: int) -> tuple[DpEvent, ...]:
+    """Returns events without the steps that are paid for; with several kinds of events all are kept, or none."""
+    left = sum(event.steps for event in events) - paid
+    if left <= 0:
+        return ()
+    return (events[0].model_copy(update={"steps": left}),) if len(events) == 1 else events
 
 
 def _paths(folder: Path, holdings: list[Holding]) -> dict[Path, Holding]:

@@ -82,4 +82,6 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (evaluation_key, position)
     );
     """,
+    # What the hospitals' budget books hold of a training; one that is older than this column counts as not booked.
+    "ALTER TABLE runs ADD COLUMN lineage TEXT NOT NULL DEFAULT '{}'",
 )

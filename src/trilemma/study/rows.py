@@ -1,16 +1,17 @@
 """What a job hands to the store: everything that is known of one finished piece of work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trilemma.evaluation.measurement import Measurement, Outcome
 from trilemma.privacy.guarantee import Guarantee
 from trilemma.results import Example
+from trilemma.study.lineage import Lineage
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """A training that ended; the fields are those of `trilemma.results.Run` and the data's fingerprint."""
+    """A training that ended: the fields of `trilemma.results.Run`, the data's fingerprint, and what paid for it."""
 
     key: str
     spec: dict[str, Any]
@@ -21,6 +22,7 @@ class RunRow:
     seconds: float
     peak_memory_bytes: int
     num_parameters: int
+    lineage: Lineage = field(default_factory=Lineage)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ is killed when, the store holds whole rows only, and what it holds need not be d
 import fcntl
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,7 @@ from trilemma.evaluation.measurement import Measurement, Outcome
 from trilemma.privacy.guarantee import Guarantee
 from trilemma.results import DataFacts, Example
 from trilemma.study.files import StoreFiles
+from trilemma.study.lineage import Lineage
 from trilemma.study.migrations import MIGRATIONS
 from trilemma.study.rows import ArtefactRow, EvaluationRow, RunRow
 
@@ -156,16 +157,20 @@ class Store:
     def run(self, key: str) -> RunRow | None:
         """Returns a training."""
         rows = self._rows(
-            "SELECT key, spec, history, guarantee, provenance, fingerprint, seconds, peak_memory_bytes, num_parameters "
-            "FROM runs WHERE key = ?",
+            "SELECT key, spec, history, guarantee, provenance, fingerprint, seconds, peak_memory_bytes, "
+            "num_parameters, lineage FROM runs WHERE key = ?",
             key,
         )
         if not rows:
             return None
-        key, spec, history, guarantee, provenance, fingerprint, seconds, peak, num_parameters = rows[0]
+        key, spec, history, guarantee, provenance, fingerprint, seconds, peak, num_parameters, lineage = rows[0]
         claimed = Guarantee.model_validate_json(guarantee)
         texts = json.loads(spec), json.loads(history), claimed, json.loads(provenance)
-        return RunRow(key, *texts, fingerprint, seconds, peak, num_parameters)
+        return RunRow(key, *texts, fingerprint, seconds, peak, num_parameters, Lineage.parse(lineage))
+
+    def runs(self, keys: Iterable[str]) -> dict[str, RunRow]:
+        """Returns the trainings of these keys that it holds."""
+        return {key: row for key in keys if (row := self.run(key))}
 
     def artefact(self, key: str) -> ArtefactRow | None:
         """Returns an artefact."""
@@ -258,9 +263,15 @@ class Store:
             row.seconds,
             row.peak_memory_bytes,
             row.num_parameters,
+            row.lineage.text(),
         )
         with self._transaction():
             self._insert("runs", values)
+
+    def note_lineage(self, key: str, lineage: Lineage) -> None:
+        """Stores what has paid for a training by now."""
+        with self._transaction():
+            self._db.execute("UPDATE runs SET lineage = ? WHERE key = ?", (lineage.text(), key))
 
     def add_artefact(self, row: ArtefactRow) -> None:
         """Stores an artefact."""

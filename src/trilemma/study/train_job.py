@@ -3,13 +3,16 @@
 import time
 
 from trilemma.atomic import atomic_write
+from trilemma.data.records import Dataset
 from trilemma.errors import Failure
+from trilemma.federation.pretraining import refuse_unfit
 from trilemma.federation.round import Federation, run_round
 from trilemma.federation.state import TrainingState
 from trilemma.federation.training import guarantee, initial_state, prepare
 from trilemma.models.vector import num_params
 from trilemma.study.files import load_tensors, save_tensors
-from trilemma.study.ledgers import book_training
+from trilemma.study.ledgers import book_training, lineage_so_far
+from trilemma.study.lineage import Lineage
 from trilemma.study.plan import Training
 from trilemma.study.provenance import peak_memory_bytes, provenance, reset_peak_memory
 from trilemma.study.rows import RunRow
@@ -22,15 +25,17 @@ def train_job(place: Workplace, training: Training) -> RunRow:
     reset_peak_memory()
     dataset = place.dataset(training.spec.data)
     federation = prepare(training.spec, dataset, place.torch_device)
-    state = _resume(place, training, federation, dataset.fingerprint) or initial_state(federation)
-    if place.books is not None:
-        book_training(place, training, federation, state.private_steps)  # before anything is computed from the images
+    before = lineage_so_far(place, training)
+    state = _resume(place, training, federation, dataset.fingerprint)
+    state = state or _begin(place, training, federation, dataset, before)
+    # Before anything is computed from the images.
+    payments = book_training(place, training, federation, before) if place.books is not None else ()
     started = time.perf_counter()
-    spent = sum(row["seconds"] for row in state.history)
+    spent = state.seconds
     while state.round < training.spec.rounds:
         state = run_round(federation, state)
-        _checkpoint(place, training, state, dataset.fingerprint)
-    tensors = {"params": state.params_P, "buffers": state.buffers_Q}
+        _checkpoint(place, training, state, dataset.fingerprint, before.after(payments, state.private_steps))
+    tensors = {"params": state.model_P, "buffers": state.model_Q}
     save_tensors(place.files.weights(training.key), tensors)
     return RunRow(
         key=training.key,
@@ -42,12 +47,28 @@ def train_job(place: Workplace, training: Training) -> RunRow:
         seconds=spent + time.perf_counter() - started,
         peak_memory_bytes=peak_memory_bytes(),
         num_parameters=num_params(federation.classifier),
+        lineage=before.after(payments, state.private_steps),
     )
 
 
-def _checkpoint(place: Workplace, training: Training, state: TrainingState, fingerprint: str) -> None:
+def _begin(
+    place: Workplace, training: Training, federation: Federation, dataset: Dataset, lineage: Lineage
+) -> TrainingState:
+    """Returns the state before the first round; what a pretraining came to is kept like a round."""
+    if training.spec.pretraining is None:
+        return initial_state(federation)
+    public = training.spec.pretraining.data.load(place.roots)  # used once, so the process need not hold it
+    refuse_unfit(dataset, public)
+    state = initial_state(federation, public)
+    _checkpoint(place, training, state, dataset.fingerprint, lineage)
+    return state
+
+
+def _checkpoint(place: Workplace, training: Training, state: TrainingState, fingerprint: str, lineage: Lineage) -> None:
     tensors, texts = state.pack()
-    save_tensors(place.files.checkpoint(training.key), tensors, {**texts, "fingerprint": fingerprint})
+    save_tensors(
+        place.files.checkpoint(training.key), tensors, {**texts, "fingerprint": fingerprint, "lineage": lineage.text()}
+    )
     atomic_write(place.files.progress(training.key), str(state.round).encode())
 
 

@@ -1,0 +1,107 @@
+"""Better initial weights from public images: plain training before the first round, at no cost of privacy.
+
+It depends on the seed, the public images and the network alone, so it can be done again with the same result.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from trilemma.data.duplicates import digests
+from trilemma.data.records import Dataset
+from trilemma.errors import UserError
+from trilemma.federation.local_training import load_batch, mean_gradient
+from trilemma.federation.specs import Pretraining, TrainSpec
+from trilemma.models.classifier import Classifier
+from trilemma.models.vector import get_params, set_params
+from trilemma.randomness import generator, global_seed
+from trilemma.robustness.objectives import standard
+
+
+def pretrain(spec: TrainSpec, public: Dataset, classifier: Classifier) -> None:
+    """Trains weights on the training split of `public` and puts them into `classifier`, in place of its own.
+
+    Raises:
+        UserError: If the weights become infinite, or the images do not fit the network.
+    """
+    assert spec.pretraining is not None  # whoever has a data set for it asks for it
+    model = spec.model.make(public.channels, public.image_size, len(public.classes), spec.seed).to(classifier.device)
+    _train(spec, spec.pretraining, public, model)
+    if not get_params(model).isfinite().all():
+        raise UserError(
+            "pretraining.learning_rate",
+            f"{spec.pretraining.learning_rate:g} is too large: the weights became infinite on {public.name}",
+            "Use a smaller one, such as a third of it",
+        )
+    transfer(model, classifier)
+
+
+def transfer(source: Classifier, target: Classifier) -> None:
+    """Copies parameters and floating-point buffers of equal name and shape, and leaves the target's others alone.
+
+    Between two networks of one spec that differ in their number of classes the others are those of the last layer.
+
+    Raises:
+        UserError: If anything but the number of classes makes them differ.
+    """
+    theirs, own = source.state_dict(), target.state_dict()
+    alike = {name: value for name, value in theirs.items() if name in own and value.shape == own[name].shape}
+    classes = (source.num_classes, target.num_classes)
+    for name in sorted((theirs.keys() | own.keys()) - alike.keys()):
+        sizes = [value[name].shape if name in value else () for value in (theirs, own)]
+        if len(sizes[0]) != len(sizes[1]) or any(a != b and (a, b) != classes for a, b in zip(*sizes, strict=True)):
+            raise UserError(
+                "pretraining.data",
+                f"makes '{name}' of the network {list(sizes[0])} and the study's own images make it {list(sizes[1])}",
+                "Use images of the size and channels of the study's own",
+            )
+    target.load_state_dict({**own, **{name: value for name, value in alike.items() if value.is_floating_point()}})
+
+
+def refuse_unfit(dataset: Dataset, public: Dataset) -> None:
+    """Refuses public images that the study's network could not take, or that are not public at all.
+
+    Raises:
+        UserError: If sizes or channels differ, or an image is one of the study's own.
+    """
+    for what, ours, other in (
+        ("pixels a side", dataset.image_size, public.image_size),
+        ("channels", dataset.channels, public.channels),
+    ):
+        if ours != other:
+            raise UserError(
+                "pretraining.data",
+                f"the images of {public.name} have {other} {what}, and those of {dataset.name} have {ours}",
+                "Use images of the same size and channels for both",
+            )
+    pretrained = digests(public.train)
+    for split in ("train", "val", "test"):
+        shared = len(set(digests(getattr(dataset, split))).intersection(pretrained))
+        if shared:
+            raise UserError(
+                "pretraining.data",
+                f"{shared} training images of {public.name} are {split} images of {dataset.name} too, pixel for pixel",
+                "Pretrain on other images (phantoms: give them another seed); these are not public, or not unseen",
+            )
+
+
+def _train(spec: TrainSpec, how: Pretraining, public: Dataset, model: Classifier) -> None:
+    changes = generator(spec.seed, "pretraining", "augmentation")
+    unused = generator(spec.seed, "pretraining", "defence", device=model.device)
+    objective, optimizer, params_P = standard(), how.make(), get_params(model)
+    state = optimizer.init(params_P)
+    model.train()
+    with global_seed(spec.seed, "pretraining", "dropout"):
+        for index in _batches(len(public.train), how, generator(spec.seed, "pretraining", "batches")):
+            x_BCHW, y_B = load_batch(how.augmentation, public.train, index, changes, model.device)
+            gradient_P, _ = mean_gradient(model, objective, x_BCHW, y_B, unused)
+            params_P, state = optimizer.step(params_P, gradient_P, state, how.learning_rate)
+            set_params(model, params_P)
+
+
+def _batches(num_records: int, how: Pretraining, draws: torch.Generator) -> Iterator[list[int]]:
+    """Yields the positions of each step's images, from shuffled passes; of one image batch norm has no variance."""
+    for _ in range(how.epochs):
+        order = torch.randperm(num_records, generator=draws).tolist()
+        parts = [order[start : start + how.batch_size] for start in range(0, num_records, how.batch_size)]
+        yield from (part for part in parts if len(part) > 1)
