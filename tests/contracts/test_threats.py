@@ -172,3 +172,17 @@ def test_random_flips_reach_every_other_class_equally():
     counts = np.bincount(flipped, minlength=4)
     assert counts[1] == 0
     assert np.abs(counts[[0, 2, 3]] - num / 3).max() < 5 * np.sqrt(num * 2 / 9)
+
+
+def test_records_that_a_round_does_not_draw_are_not_worth_the_work():
+    threat = AdversarialSamples(num_malicious=1, share=0.5, radius=8 / 255, steps=1)
+    records, classifier = make_records(num=20), Resnet9(width=4).make(1, 16, CLASSES, seed=0)
+    draws = [torch.Generator().manual_seed(0) for _ in range(3)]
+    everything = threat.poison(records, classifier, CLASSES, draws[0])
+    touched = np.flatnonzero((everything.images_NCHW != records.images_NCHW).any((1, 2, 3)))
+    drawn = np.sort(np.concatenate([touched[:3], np.setdiff1d(np.arange(20), touched)[:2]]))
+    some = threat.poison(records, classifier, CLASSES, draws[1], drawn)
+    changed = (some.images_NCHW != records.images_NCHW).any((1, 2, 3))
+    assert np.flatnonzero(changed).tolist() == touched[:3].tolist()
+    again = threat.poison(records, classifier, CLASSES, draws[2], np.arange(20))
+    assert np.array_equal(again.images_NCHW, everything.images_NCHW)

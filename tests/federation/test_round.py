@@ -13,7 +13,7 @@ from trilemma.errors import UserError
 from trilemma.federation import round as federated_round
 from trilemma.federation.aggregation import mean
 from trilemma.federation.clients import Client, Shard
-from trilemma.federation.local_training import LocalResult
+from trilemma.federation.local_training import LocalResult, batches, drawn_records
 from trilemma.federation.round import mean_loss, run_round, watch
 from trilemma.federation.server import Federation, is_sound, server_step
 from trilemma.federation.state import TrainingState
@@ -457,3 +457,20 @@ def test_private_records_reach_the_model_through_noise_only():
 
 def test_an_equal_seed_gives_an_equal_start():
     assert torch.equal(initial_state(tiny_federation()).params_P, get_params(Resnet9(width=4).make(1, 8, 3, 0)))
+
+
+@pytest.mark.parametrize("privacy", [{"kind": "none"}, DP], ids=["plain", "dp"])
+def test_poisoning_only_what_a_round_draws_poisons_all_that_it_sees(privacy, monkeypatch):
+    threat = {"kind": "label_flip", "num_malicious": 1}
+    changes = {"privacy": privacy, "threat": threat}
+    lean = trained_state(tiny_federation(**changes))
+    monkeypatch.setattr("trilemma.federation.round.drawn_records", lambda *_: None)
+    assert torch.equal(trained_state(tiny_federation(**changes)).params_P, lean.params_P)
+
+
+def test_a_round_says_what_it_draws():
+    private, plain = tiny_federation(privacy=DP), tiny_federation()
+    assert drawn_records(plain.spec, plain.clients[0], 0) is None
+    drawn = drawn_records(private.spec, private.clients[0], 0)
+    seen = [position for batch in batches(private.spec, private.clients[0], 32, 0) for position in batch]
+    assert drawn.tolist() == sorted(set(seen))

@@ -72,20 +72,23 @@ class Client:
         chosen = [self.units[unit].tolist() for unit in units]
         return [record for records in chosen for record in records], [len(records) for records in chosen]
 
-    def training_records(self, spec: TrainSpec, classifier: Classifier) -> Records:
+    def training_records(self, spec: TrainSpec, classifier: Classifier, drawn: np.ndarray | None = None) -> Records:
         """Returns what it trains on in a round: its records, poisoned where a shard is malicious.
 
         Args:
             spec: The training.
             classifier: The round's global model, which an attacker sees too.
+            drawn: Positions of the records that the round looks at: no others need to be poisoned. None: all.
         """
-        parts = []
+        parts, start = [], 0
         for shard in self.shards:
+            inside = None if drawn is None else drawn[(drawn >= start) & (drawn < start + len(shard.records))] - start
+            start += len(shard.records)
             records = shard.records
             if shard.malicious:
                 # The same stream every round: the same records are poisoned throughout.
                 draws = generator(spec.seed, "threat", shard.hospital)
-                records = spec.threat.poison(records, classifier, classifier.num_classes, draws)
+                records = spec.threat.poison(records, classifier, classifier.num_classes, draws, inside)
             parts.append(records)
         return concatenate(parts)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,6 +173,14 @@ def batches(spec: TrainSpec, client: Client, num_records: int, round_index: int)
                 return
             yield order[start : start + spec.local.batch_size]
             done += 1
+
+
+def drawn_records(spec: TrainSpec, client: Client, round_index: int) -> np.ndarray | None:
+    """Returns the positions of all records that a round's steps look at, ascending; None where only the steps know."""
+    if client.plan is None or client.plan.noise == "system":  # whole passes; or draws that nothing can repeat
+        return None
+    steps = batches(spec, client, client.num_records, round_index)
+    return np.unique([record for drawn in steps for record in client.records_of(drawn)[0]]).astype(np.int64)
 
 
 def learning_rate(spec: TrainSpec, time: float) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trilemma.data.records import Records
 from trilemma.federation.clients import Client, participants
-from trilemma.federation.local_training import LocalResult, load_model, local_train
+from trilemma.federation.local_training import LocalResult, drawn_records, load_model, local_train
 from trilemma.federation.server import Federation, aggregate, server_step
 from trilemma.federation.specs import Averaging, Centralised, FedAvg, LocalOnly
 from trilemma.federation.state import EVERYBODY, TrainingState
@@ -130,7 +130,7 @@ def _charged(federation: Federation, chosen: list[Client], state: TrainingState)
 def _train(federation: Federation, client: Client, state: TrainingState) -> LocalResult:
     classifier, spec = federation.classifier, federation.spec
     load_model(classifier, state.params_P, state.buffers_Q)
-    records = client.training_records(spec, classifier)
+    records = client.training_records(spec, classifier, drawn_records(spec, client, state.round))
     clip = state.clips.get(EVERYBODY, state.clips.get(client.name)) if client.plan is not None else None
     return local_train(spec, client, classifier, records, state.round, state.clients.get(client.name), clip)
 

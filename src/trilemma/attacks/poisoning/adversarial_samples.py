@@ -17,7 +17,14 @@ _BATCH_SIZE = 256
 
 
 def adversarial_samples(
-    records: Records, classifier: Classifier, budget: Budget, generator: torch.Generator, *, share: float, steps: int
+    records: Records,
+    classifier: Classifier,
+    budget: Budget,
+    generator: torch.Generator,
+    *,
+    share: float,
+    steps: int,
+    drawn: np.ndarray | None = None,
 ) -> Records:
     """Returns the records with a share of them replaced by adversarial images and the model's answers to those.
 
@@ -35,8 +42,11 @@ def adversarial_samples(
         generator: Chooses the records and the random starts.
         share: Fraction of the records that are replaced.
         steps: PGD steps.
+        drawn: Positions of the records that the round looks at, ascending: only these are worth the work. None: all.
     """
     chosen = choose_records(len(records), share, generator)
+    if drawn is not None:
+        chosen = np.intersect1d(chosen, drawn)
     images_NCHW = np.array(records.images_NCHW)
     labels_N = records.labels_N.copy()
     for start in range(0, len(chosen), _BATCH_SIZE):

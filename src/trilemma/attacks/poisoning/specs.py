@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 
@@ -28,7 +29,14 @@ class NoThreat(Spec):
         """Returns no client."""
         return ()
 
-    def poison(self, records: Records, classifier: Classifier, num_classes: int, generator: torch.Generator) -> Records:
+    def poison(
+        self,
+        records: Records,
+        classifier: Classifier,
+        num_classes: int,
+        generator: torch.Generator,
+        drawn: np.ndarray | None = None,
+    ) -> Records:
         """Returns the records themselves."""
         return records
 
@@ -68,7 +76,14 @@ class LabelFlip(Spec):
         """
         return choose_clients(self.num_malicious, self.clients, num_clients)
 
-    def poison(self, records: Records, classifier: Classifier, num_classes: int, generator: torch.Generator) -> Records:
+    def poison(
+        self,
+        records: Records,
+        classifier: Classifier,
+        num_classes: int,
+        generator: torch.Generator,
+        drawn: np.ndarray | None = None,
+    ) -> Records:
         """Returns a malicious client's records as it trains on them; the classifier plays no part."""
         return label_flip(records, num_classes, generator, mode=self.mode, share=self.share)
 
@@ -113,10 +128,22 @@ class AdversarialSamples(Spec):
         """
         return choose_clients(self.num_malicious, self.clients, num_clients)
 
-    def poison(self, records: Records, classifier: Classifier, num_classes: int, generator: torch.Generator) -> Records:
-        """Returns a malicious client's records as it trains on them in a round that starts from `classifier`."""
+    def poison(
+        self,
+        records: Records,
+        classifier: Classifier,
+        num_classes: int,
+        generator: torch.Generator,
+        drawn: np.ndarray | None = None,
+    ) -> Records:
+        """Returns a malicious client's records as it trains on them in a round that starts from `classifier`.
+
+        Only the positions in `drawn`, which the round looks at, need to be what the threat makes of them; None: all.
+        """
         budget = Budget(self.norm, self.radius)
-        return adversarial_samples(records, classifier, budget, generator, share=self.share, steps=self.steps)
+        return adversarial_samples(
+            records, classifier, budget, generator, share=self.share, steps=self.steps, drawn=drawn
+        )
 
 
 ThreatSpec = Annotated[NoThreat | LabelFlip | AdversarialSamples, Field(discriminator="kind")]
