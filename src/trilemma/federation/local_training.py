@@ -78,15 +78,13 @@ def local_train(
         for step, drawn in enumerate(batches(spec, client, len(records), round_index)):
             time = round_index + step / client.steps  # in rounds
             objective = spec.defence.make(time / spec.rounds)
+            batch = load_batch(augmentation, records, client.records_of(drawn)[0], draws.changes, classifier.device)
             if client.plan is None:
-                x_BCHW, y_B = load_batch(augmentation, records, drawn, draws.changes, classifier.device)
-                gradient_P, loss_B = mean_gradient(classifier, objective, x_BCHW, y_B, draws.crafting)
+                gradient_P, loss_B = mean_gradient(classifier, objective, *batch, draws.crafting)
             else:
-                index, sizes_U = client.records_of(drawn)
-                x_ICHW, y_I = load_batch(augmentation, records, index, draws.changes, classifier.device)
-                sizes_U = [size * augmentation.multiplicity for size in sizes_U]
-                x_IVCHW = crafted(objective, classifier, x_ICHW, y_I, draws.crafting)
-                summed = unit_gradient_sum(client.plan, classifier, objective.loss, (x_IVCHW, y_I), sizes_U, clip)
+                sizes_U = [size * augmentation.multiplicity for size in client.records_of(drawn)[1]]
+                views = crafted(objective, classifier, *batch, draws.crafting), batch[1]
+                summed = unit_gradient_sum(client.plan, classifier, objective.loss, views, sizes_U, clip)
                 gradient_P, loss_B = client.plan.noised_mean(summed.sum_P, draws.noise, clip), summed.losses_B
                 clip, noised_count = _adapted(spec, client.plan, summed.norms_B, draws.noise, clip)
             if isinstance(spec.algorithm, FedProx):
