@@ -1,10 +1,14 @@
 """Fixtures that every room's tests share."""
 
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from trilemma.cli import main
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,3 +38,22 @@ def _own_cache(tmp_path_factory, monkeypatch):
     """Decoded images are cached in a folder of the test session, never in the user's."""
     base = tmp_path_factory.getbasetemp()
     monkeypatch.setenv("TRILEMMA_CACHE", str(base / "cache"))
+
+
+@pytest.fixture
+def trilemma(monkeypatch, capsys):
+    """Runs the command line in this process; returns its exit code, stdout and stderr with spaces made single."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["trilemma", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, re.sub(r"\s+", " ", captured.out), re.sub(r"\s+", " ", captured.err)
+
+    return call

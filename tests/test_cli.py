@@ -15,29 +15,9 @@ import torch
 
 from helpers.pictures import write_images
 from helpers.tiny_study import SMALLEST, plan_of, rows_of, write_study
-from trilemma.cli import main
 from trilemma.study.store import Store
 
 TWO_MODELS = SMALLEST + "\n[[compressions]]\nkind = 'none'\n[[compressions]]\nkind = 'int8'\nnum_calibration = 8\n"
-
-
-@pytest.fixture
-def trilemma(monkeypatch, capsys):
-    """Runs the command line in this process; returns its exit code, stdout and stderr with spaces made single."""
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["trilemma", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, re.sub(r"\s+", " ", captured.out), re.sub(r"\s+", " ", captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")

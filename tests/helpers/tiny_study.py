@@ -70,6 +70,18 @@ base.local = { batch_size = 8 }
 base.rounds = 1
 """
 
+#: Two private hospitals, three rounds of one step: for tests that need something to account for.
+PRIVATE = """
+name = "private"
+question = "Does the budget hold?"
+base.data = { kind = "phantom", size = 16, train = 60, val = 8, test = 12, sites = 2, classes = 2 }
+base.partition = { kind = "by_site", num_clients = 2 }
+base.model = { kind = "resnet9", width = 4 }
+base.local = { batch_size = 8, steps = 1 }
+base.rounds = 3
+base.privacy = { kind = "dp_sgd", noise_multiplier = 2.0, delta = 1e-3 }
+"""
+
 #: Columns that tell when and how fast and not what.
 TIMINGS = {"opened_at", "seconds", "provenance", "peak_memory_bytes"}
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tiny_study import plan_of, rows_of, write_study
-from trilemma.cli import main
+from helpers.tiny_study import PRIVATE, plan_of, rows_of, write_study
 from trilemma.data.records import Records
 from trilemma.errors import UserError
 from trilemma.federation.round import run_round
@@ -24,36 +22,6 @@ from trilemma.study import holdings, train_job
 from trilemma.study.holdings import records_fingerprint
 from trilemma.study.ledgers import book_path
 from trilemma.study.workplace import Books, Workplace
-
-PRIVATE = """
-name = "private"
-question = "Does the budget hold?"
-base.data = { kind = "phantom", size = 16, train = 60, val = 8, test = 12, sites = 2, classes = 2 }
-base.partition = { kind = "by_site", num_clients = 2 }
-base.model = { kind = "resnet9", width = 4 }
-base.local = { batch_size = 8, steps = 1 }
-base.rounds = 3
-base.privacy = { kind = "dp_sgd", noise_multiplier = 2.0, delta = 1e-3 }
-"""
-
-
-@pytest.fixture
-def trilemma(monkeypatch, capsys):
-    """Runs the command line in this process; returns its exit code, stdout and stderr with spaces made single."""
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["trilemma", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, re.sub(r"\s+", " ", captured.out), re.sub(r"\s+", " ", captured.err)
-
-    return call
 
 
 @pytest.fixture

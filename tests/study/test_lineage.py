@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from helpers.tiny_study import plan_of, run_plan, write_study
+from helpers.tiny_study import PRIVATE, plan_of, run_plan, write_study
 from trilemma.errors import Failure, UserError
 from trilemma.privacy.ledger import Ledger
 from trilemma.study import holdings, train_job
@@ -24,24 +24,13 @@ from trilemma.study.lineage import Lineage, Payment
 from trilemma.study.store import Store
 from trilemma.study.workplace import Books, Workplace
 
-PRIVATE = """
-name = "private"
-question = "Does the budget hold?"
-base.data = { kind = "phantom", size = 16, train = 60, val = 8, test = 12, sites = 2, classes = 2 }
-base.partition = { kind = "by_site", num_clients = 2 }
-base.model = { kind = "resnet9", width = 4 }
-base.local = { batch_size = 8, steps = 1 }
-base.rounds = 3
-base.privacy = { kind = "dp_sgd", noise_multiplier = 2.0, delta = 1e-3, noise = "NOISE" }
-"""
-
 
 class Hospital:
     """A study with one training, its books, and as many stores as are named."""
 
     def __init__(self, folder: Path, roots, noise: str):
         self.folder, self.roots = folder, roots
-        self.plan = plan_of(write_study(folder, PRIVATE.replace("NOISE", noise)))
+        self.plan = plan_of(write_study(folder, PRIVATE.replace("delta = 1e-3", f"delta = 1e-3, noise = '{noise}'")))
         create_books(self.plan, self.place("none"), folder / "books", 50.0, 1e-3)
 
     def place(self, store: str, books: bool = True, threads: int = 1) -> Workplace:
@@ -322,7 +311,9 @@ def test_no_history_of_starts_shows_less_than_was_released(roots, tmp_path_facto
         for store, books, code, rounds in [*history, *ends]:
             version[0] = code
 
-            def toy(federation, state, store=store, books=books, code=code, rounds=rounds, begun=[]):  # noqa: B006
+            begun: list[int] = []
+
+            def toy(federation, state, store=store, books=books, code=code, rounds=rounds, begun=begun):
                 begun.append(state.round)
                 result = hash((float(state.params_P[0]), code if noise == "seeded" else next(draws))) % 2**20
                 if books:

@@ -2,8 +2,9 @@
 
 One forward pass notes every layer's input; one backward pass, to the activations only, gives the gradient at every
 layer's output. From these two come the norm of each unit's gradient, layer by layer, and, once the clipping factors are
-known, the weighted sum: no second backward pass, and no unit's whole gradient is ever held. Networks that have a layer
-without a rule go to the reference in `clipping.py`, which gives the same numbers.
+known, the weighted sum: no second backward pass. Gradients of single units are held for one pass, and only of those
+parameters where that is cheaper than their norms and sum apart. Networks that have a layer without a rule go to the
+reference in `clipping.py`, which gives the same numbers.
 """
 
 import copy
