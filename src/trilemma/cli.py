@@ -248,9 +248,12 @@ def _refuse_empty(results: "Results", store: Path) -> None:
 
 
 def _print_answer(terminal: "Console", results: "Results", path: Path) -> None:
-    from trilemma.report.terminal import answer_table, answer_text
+    from trilemma.report.terminal import answer_names, answer_table, answer_text
 
-    terminal.print(answer_table(results))
+    terminal.print(answer_table(results, terminal.width))
+    for name in answer_names(results, terminal.width):
+        terminal.print(name, highlight=False, markup=False)
+    terminal.print()
     for sentence in answer_text(results):
         terminal.print(sentence, highlight=False, markup=False)
     terminal.print(f"\nReport: {path}", highlight=False, soft_wrap=True)

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from trilemma.evaluation.measurement import Measurement
 from trilemma.report.export import COLUMNS, export_csv, export_json, export_latex, export_markdown, latex, markdown
-from trilemma.report.summary import summary_rows
-from trilemma.report.terminal import answer_table
+from trilemma.report.summary import summary_rows, written_rows
+from trilemma.report.terminal import answer_names, answer_table
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_exports_are_the_same_every_time(tmp_path):
 def shown(results, width):
     console = Console(width=width, record=True, file=None, quiet=False, force_terminal=False, legacy_windows=False)
     with console.capture() as capture:
-        console.print(answer_table(results))
+        console.print(answer_table(results, width))
     return capture.get()
 
 
@@ -196,6 +196,19 @@ def test_the_terminal_table_shows_the_numbers(results):
     assert "no guarantee" in text
     assert max(map(len, text.splitlines())) <= 140
     assert max(map(len, shown(results, 100).splitlines())) <= 100
+    assert answer_names(results, 100) == []
+
+
+def test_a_narrow_terminal_cuts_no_number_in_two(results):
+    text = shown(results, 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "0.947–0.977" in text  # the widest interval, on one line
+    names = answer_names(results, 80)
+    _, rows = written_rows(results)
+    assert [name.split(None, 1) for name in names] == [
+        [str(number), f"{row[0]}, {row[1]}"] for number, row in enumerate(rows, 1)
+    ]
+    assert re.findall(r"^ *(\d+)  ", text, re.MULTILINE) == [str(number) for number in range(1, len(rows) + 1)]
 
 
 def test_names_are_no_markup_and_no_escape_sequences_in_a_terminal():
