@@ -72,11 +72,6 @@ def worst_logits(logits_adv: Sequence[Floats], logits_clean_NK: Floats, labels_N
     return chosen_NK
 
 
-def worst_case(logits_adv: Sequence[Floats], logits_clean_NK: Floats, labels_N: Integers) -> NDArray[np.bool_]:
-    """Returns which images are classified correctly when clean and under every one of the attacks."""
-    return metrics.predictions(worst_logits(logits_adv, logits_clean_NK, labels_N)) == labels_N
-
-
 def _above_majority(robust_N: NDArray[np.bool_], labels_N: Integers) -> Measurement:
     if not len(labels_N):
         return Measurement("above_majority", None, unit="count", status="undefined", reason="there is no test record")
