@@ -465,9 +465,33 @@ def test_a_round_poisons_all_that_its_steps_see_and_nothing_else():
     spec, client = federation.spec, federation.clients[-1]
     seen = {int(unit) for step in batches(spec, client, client.num_records, 1) for unit in step}
     records = client.training_records(spec, federation.classifier, drawn_records(spec, client, 1))
-    changed = (records.images_NCHW != client.shards[0].records.images_NCHW).any((1, 2, 3))
+    changed = set(np.flatnonzero((records.images_NCHW != client.shards[0].records.images_NCHW).any((1, 2, 3))))
     assert 0 < len(seen) < client.num_records
-    assert set(np.flatnonzero(changed)) == seen
+    # PGD keeps the image itself where no step found a worse one, which is rare.
+    assert changed <= seen and len(seen - changed) <= 1
+    first_step = {int(unit) for unit in next(batches(spec, client, client.num_records, 1))}
+    assert len(seen - first_step) > 1
+
+
+def test_training_in_bfloat16_is_training_with_fewer_digits():
+    states = []
+    for precision in ("float32", "bfloat16"):
+        federation = tiny_federation(local={"batch_size": 8, "precision": precision}, rounds=2)
+        states.append(trained_state(federation).params_P)
+        assert federation.classifier._computes_in == torch.float32
+    exact_P, rough_P = states
+    update_P = exact_P - initial_state(tiny_federation()).params_P
+    assert 1e-5 < float((rough_P - exact_P).norm() / update_P.norm()) < 0.3
+
+
+def test_privacy_costs_the_same_in_bfloat16():
+    claims = []
+    for precision in ("float32", "bfloat16"):
+        federation = tiny_federation(privacy=DP, local={"batch_size": 8, "precision": precision}, rounds=1)
+        state = trained_state(federation)
+        assert state.params_P.isfinite().all()
+        claims.append(guarantee(federation, state))
+    assert claims[0] == claims[1]
 
 
 def test_a_round_says_what_it_draws():

@@ -106,6 +106,28 @@ def test_single_precision_is_enough(name, views):
     agree(NETS[name](), *batch(8, views, size), Flat(1.0), tolerance=1e-5)
 
 
+@every_net
+@pytest.mark.parametrize("ghost", [True, False])
+def test_in_bfloat16_every_unit_adds_what_was_measured_of_it(name, ghost, monkeypatch):
+    classifier, (x, y) = NETS[name](), batch(5, 2, 64 if name == "resnet18 large stem" else 16)
+    able = nn.Linear, nn.Conv2d
+    monkeypatch.setattr(bookkeeping.layers, "ghost_pays", lambda module, *_: ghost and isinstance(module, able))
+    exact = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(1.0))
+    with classifier.computing_in(torch.bfloat16):
+        rough = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(1.0))
+        reference = clipping.clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(1.0))
+        parts, _ = bookkeeping._parts(classifier, mean_cross_entropy, x, y)
+    for unit in range(len(y)):
+        one_B = F.one_hot(torch.tensor(unit), len(y)).float()
+        added_P = bookkeeping._weighted_sum(parts, one_B[:, None].expand(-1, len(parts)))
+        measured = sum(part.squared_norm_B[unit] for part in parts).sqrt()
+        assert added_P.dtype == torch.float32
+        assert float(added_P.double().norm()) == pytest.approx(float(measured), rel=1e-5)
+    torch.testing.assert_close(rough.norms_B, exact.norms_B, rtol=0.1, atol=0)
+    torch.testing.assert_close(rough.norms_B, reference.norms_B, rtol=0.1, atol=0)
+    assert not torch.allclose(rough.norms_B, exact.norms_B, rtol=1e-5)  # it was not float32 under another name
+
+
 @pytest.mark.parametrize("clipper", [Flat(0.5), PerLayer(0.5), Automatic(0.5)], ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize("make", [NETS["resnet9"], NETS["called twice"], partly_frozen], ids=["r9", "twice", "frozen"])
 def test_every_clipper(make, clipper):

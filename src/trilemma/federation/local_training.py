@@ -74,7 +74,8 @@ def local_train(
     draws = _draws(spec, client, round_index, classifier.device)
     total_loss, seen, noised_count = 0.0, 0, None
     classifier.train()
-    with global_seed(*client_stream(spec, client, "dropout", round_index)):
+    dropout = client_stream(spec, client, "dropout", round_index)
+    with global_seed(*dropout), classifier.computing_in(spec.local.dtype):
         for step, drawn in enumerate(batches(spec, client, len(records), round_index)):
             time = round_index + step / client.steps  # in rounds
             objective = spec.defence.make(time / spec.rounds)

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from trilemma.attacks.poisoning.specs import NoThreat, ThreatSpec
@@ -53,6 +54,9 @@ class Local(Spec):
         steps: Steps per round. Or give `epochs`.
         schedule: "cosine" falls to zero over all rounds.
         augmentation: Random changes of training images.
+        precision: What the network computes in while it trains. "bfloat16" takes about half the time of a wide network
+            where the processor has instructions for it, and costs digits, not privacy: weights, per-record norms, sums
+            and noise stay float32.
     """
 
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -64,6 +68,7 @@ class Local(Spec):
     steps: int | None = Field(default=None, ge=1)
     schedule: Literal["constant", "cosine"] = "constant"
     augmentation: Augmentation = Augmentation()
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
     def _one_length(self) -> "Local":
@@ -77,6 +82,11 @@ class Local(Spec):
             return adam(weight_decay=self.weight_decay)
         return sgd(self.momentum, self.weight_decay)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the type of `precision`."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
     def steps_per_round(self, num_records: int) -> int:
         """Returns the steps of one round for a client with `num_records` records, or patients where these count."""
         if self.steps is not None:
@@ -87,7 +97,8 @@ class Local(Spec):
     def label(self) -> str:
         """Returns the short text for tables."""
         copies = self.augmentation.multiplicity
-        return f"{self.optimizer} {self.learning_rate:g}, batch {self.batch_size}" + (f" x {copies}" * (copies > 1))
+        images = f"batch {self.batch_size}" + (f" x {copies}" if copies > 1 else "")
+        return f"{self.optimizer} {self.learning_rate:g}, {images}" + (", bfloat16" * (self.precision == "bfloat16"))
 
 
 class Averaging(Spec):

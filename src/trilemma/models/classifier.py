@@ -1,5 +1,8 @@
 """The image classifier that everything trains, attacks and ships."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -22,10 +25,28 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.mean = mean
         self.std = std
+        self._computes_in = torch.float32
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Returns logits (B, K) of images in [0, 1]."""
-        return self.module((x_BCHW - self.mean) / self.std)
+        normalised = (x_BCHW - self.mean) / self.std
+        if self._computes_in == torch.float32:
+            return self.module(normalised)
+        with torch.autocast(x_BCHW.device.type, self._computes_in):
+            return self.module(normalised).to(x_BCHW.dtype)
+
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Within the block the network computes in `dtype`; weights, their gradients and the logits stay as they are.
+
+        Args:
+            dtype: float32 for what the weights are, or bfloat16: mixed precision (Micikevicius et al. 2018).
+        """
+        self._computes_in, before = dtype, self._computes_in
+        try:
+            yield
+        finally:
+            self._computes_in = before
 
     @property
     def device(self) -> torch.device:

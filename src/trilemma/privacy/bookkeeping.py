@@ -245,7 +245,9 @@ def _layer_parts(module: nn.Module, pairs: list[tuple[Tensor, ...]]) -> dict[int
     if not pairs:
         return parts
     if "weight" in names and len(pairs) == 1 and layers.ghost_pays(module, *pairs[0]):
-        x, g = pairs[0]
+        # The norm and the sum come from different sums here, so both need all digits: a sum that was rounded to fewer
+        # would change, for one unit more, by more than that unit's clipped gradient.
+        x, g = (layers.full(tensor) for tensor in pairs[0])
         squared_B = layers.ghost_squared_norm(module, x, g)
         if layers.ghost_is_exact(x, g, squared_B):
             names.remove("weight")

@@ -57,26 +57,32 @@ def per_unit_gradients(module: nn.Module, x: Tensor, g: Tensor, names: Sequence[
     Args:
         module: One of `SUPPORTED`.
         x: Its input, (B, V, ...).
-        g: The gradient at its output, (B, V, ...).
+        g: The gradient at its output, (B, V, ...); in bfloat16 the products of a weight are taken in bfloat16 too.
         names: Which of its parameters.
     """
     if isinstance(module, NORMALISATIONS):
-        return _pick(_normalisation(module, x, g), names)
+        return _pick(_normalisation(module, full(x), full(g)), names)
     if isinstance(module, nn.LayerNorm):
-        return _pick(_layer_norm(module, x, g), names)
+        return _pick(_layer_norm(module, full(x), full(g)), names)
     gradients = {}
     if "bias" in names:
         channel = 2 if isinstance(module, CONVOLUTIONS) else g.ndim - 1
-        gradients["bias"] = g.sum([dim for dim in range(1, g.ndim) if dim != channel])
+        gradients["bias"] = full(g).sum([dim for dim in range(1, g.ndim) if dim != channel])
     if "weight" in names:
         if isinstance(module, CONVOLUTIONS):
-            gradients["weight"] = _convolution_by_kernel(module, x, g)
+            gradients["weight"] = full(_convolution_by_kernel(module, x.to(g.dtype), g))
         elif isinstance(module, nn.Embedding):
-            gradients["weight"] = _embedding(module, x, g)
+            gradients["weight"] = _embedding(module, x, full(g))
         else:
             assert isinstance(module, nn.Linear)
-            gradients["weight"] = torch.bmm(_positions(g).transpose(1, 2), _positions(x)).flatten(1)
+            x = x.to(g.dtype)
+            gradients["weight"] = full(torch.bmm(_positions(g).transpose(1, 2), _positions(x)).flatten(1))
     return gradients
+
+
+def full(x: Tensor) -> Tensor:
+    """Returns a tensor with the digits of float32 at least."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def ghost_pays(module: nn.Module, x: Tensor, g: Tensor) -> bool:
@@ -209,7 +215,8 @@ def _kernel(module: Convolution, x_NCL: Tensor, padding: tuple[int, ...], g_NML:
         g_NML: The gradient at its output, side by side likewise.
         copies: Each is a group of channels of one wide grouped convolution, with a weight gradient of its own.
     """
-    weight = module.weight.expand(copies, *module.weight.shape).flatten(0, 1) if copies > 1 else module.weight
+    weight = module.weight.to(g_NML.dtype)
+    weight = weight.expand(copies, *weight.shape).flatten(0, 1) if copies > 1 else weight
     return torch.ops.aten.convolution_backward(
         g_NML,
         x_NCL,
