@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trilemma.evaluation.measurement import Measurement
-from trilemma.privacy.guarantee import NO_PRIVACY, DpEvent, Guarantee
+from trilemma.privacy.guarantee import NO_PRIVACY, DpEvent, Guarantee, Trust, Unit
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 
 N = 624
@@ -35,6 +35,8 @@ class Made:
     epsilon: float | None = None
     defence: str = "none"
     threat: str = "none"
+    unit: Unit = "example"
+    trust: Trust = "local"
 
 
 MADE = {
@@ -129,6 +131,8 @@ def _run(label: str, numbers: Made, seed: int, client: int | None) -> Run:
     guarantee = NO_PRIVACY
     if numbers.epsilon is not None:
         guarantee = Guarantee(
+            unit=numbers.unit,
+            trust=numbers.trust,
             delta=1e-4,
             epsilon_by_client={name: numbers.epsilon - 0.01 * i for i, name in enumerate(HOSPITALS)},
             events_by_client={

@@ -3,7 +3,9 @@ from dataclasses import replace
 
 from builder import BOTH, CONSTANT, DP, HOSPITALS, MADE, MAJORITY, PGD, PLAIN, build, rate
 
+from trilemma.privacy.guarantee import Guarantee
 from trilemma.report.answer import answer
+from trilemma.report.claims import PROTECTED
 from trilemma.report.terminal import answer_text
 
 
@@ -104,7 +106,25 @@ def test_privacy_flips_with_the_numbers():
     assert "0.049 less" in paragraph(build(), "privacy cost")
     swapped = with_made(plain=replace(MADE[DP], epsilon=None), dp=replace(MADE[PLAIN], epsilon=7.96))
     assert re.search(r"0\.04[89] more", paragraph(swapped, "privacy cost"))
-    assert "ε ≤ 7.96" in paragraph(build(), "privacy cost")
+    assert "(ε ≤ 7.96 for any one image, δ\u00a00.0001, local noise)" in paragraph(build(), "privacy cost")
+
+
+def test_what_a_guarantee_protects_is_said_and_nothing_else():
+    hospital = {"unit": "client", "trust": "central"}
+    results = with_made(
+        dp=replace(MADE[DP], **hospital),
+        both=replace(MADE[BOTH], robust=(0.77, 0.75, 0.74), **hospital),
+    )
+    said = "ε ≤ 7.96 for any one hospital, δ\u00a00.0001, central noise"
+    assert said in paragraph(results, "privacy cost")
+    assert f"It is private ({said})" in paragraph(results, "at once")
+    assert "one image, δ" not in paragraph(results, "at once")
+
+
+def test_the_report_calls_what_is_protected_as_the_guarantee_does():
+    for unit, words in PROTECTED.items():
+        guarantee = Guarantee(unit=unit, trust="central", delta=1e-5, clip=1.0, epsilon_by_client={"a": 1.0})
+        assert words in guarantee.in_words().partition(", the probability")[0]
 
 
 def test_a_void_guarantee_is_never_a_number():
@@ -170,6 +190,13 @@ def test_a_constant_never_wins_however_robust_it_seems():
     assert paragraph(build(made), "at once").startswith("No.")
 
 
+def test_a_constant_is_never_called_the_closest():
+    # The constant is private and small, the plain model only small.
+    text = paragraph(build({PLAIN: MADE[PLAIN], CONSTANT: MADE[CONSTANT]}), "at once")
+    assert f"The closest, “{PLAIN}, int8”, is small but not private or robust" in text
+    assert "The closest" not in paragraph(build({CONSTANT: MADE[CONSTANT]}), "at once")
+
+
 def test_a_weak_epsilon_is_said_to_be_weak():
     strong = with_made(both=replace(MADE[BOTH], robust=(0.77, 0.75, 0.74), epsilon=50.0))
     assert "weak promise" in paragraph(strong, "at once")
@@ -224,4 +251,5 @@ def test_nothing_measured_is_no_error_and_no_answer():
 
 def test_the_terminal_gets_the_same_words():
     results = build()
-    assert answer_text(results) == [f"{f.topic}: {f.text}" for f in answer(results)]
+    written = [f"{f.topic}{'' if f.topic.endswith('?') else ':'} {f.text}" for f in answer(results)]
+    assert answer_text(results) == written

@@ -57,6 +57,22 @@ def test_csv_says_epsilon_or_why_there_is_none(results, tmp_path):
             assert (row["status"], row["reason"]) == ("withheld", "training without differential privacy")
 
 
+def test_a_void_guarantee_is_exported_as_a_reason_and_no_epsilon(results, tmp_path):
+    """The training's guarantee stands, and so does that of its other artefact."""
+    why = "int8 calibration reads the training images"
+    void, sound = pick(results, DP, "int8"), pick(results, DP, "fp32")
+    artefacts = tuple(replace(a, guarantee=a.guarantee.voided(why)) if a in void else a for a in results.artefacts)
+    export_csv(replace(results, artefacts=artefacts), tmp_path / "out.csv")
+    rows = {row["artefact"]: row for row in read_csv(tmp_path / "out.csv") if row["metric"] == "epsilon"}
+    assert void and sound
+    for artefact in void:
+        row = rows[artefact.key]
+        assert (row["value"], row["status"], row["reason"]) == ("", "withheld", why)
+    for artefact in sound:
+        row = rows[artefact.key]
+        assert (row["value"], row["status"], row["reason"]) == (repr(artefact.guarantee.epsilon), "ok", "")
+
+
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\r=1"])
 def test_a_spreadsheet_runs_nothing(results, tmp_path, name):
     runs = tuple(replace(run, configuration=name) for run in results.runs)
@@ -124,7 +140,7 @@ def test_latex_and_markdown_leave_no_special_character_alone(text):
     written = latex(text)
     for safe in (r"\textbackslash{}", r"\textasciitilde{}", r"\textasciicircum{}", r"\textless{}", r"\textgreater{}",
                  r"\textbar{}", r"\textquotedbl{}", r"\textasciigrave{}", r"\textquotesingle{}", r"$\varepsilon$",
-                 r"$\star$", r"$\downarrow$", "$-$"):  # fmt: skip
+                 r"$\star$", r"$\downarrow$", r"$\delta$", "$-$"):  # fmt: skip
         written = written.replace(safe, "")
     assert not re.search(r"(?<!\\)[&%$#_{}]", written)
     assert not re.search(r"[\\](?![&%$#_{}])", written)
@@ -135,8 +151,8 @@ def test_latex_and_markdown_leave_no_special_character_alone(text):
 def test_markdown_is_a_table_of_equal_rows(results, tmp_path):
     export_markdown(results, tmp_path / "out.md")
     lines = (tmp_path / "out.md").read_text(encoding="utf-8").splitlines()
-    lines, end = lines[:-2], lines[-2:]
-    assert end == ["", "Data: pneumoniamnist 28."]
+    lines, end = lines[:-4], lines[-4:]
+    assert (end[0], end[2], end[3]) == ("", "", "Data: pneumoniamnist 28.")
     assert len(lines) == 2 + len(summary_rows(results))
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     runs = tuple(replace(run, configuration="a|b<script>") for run in results.runs)
@@ -173,6 +189,79 @@ def test_a_mixed_study_says_which_rows_are_synthetic(tmp_path):
     export_latex(mixed, tmp_path / "out.tex")
     said = "% Data: pneumoniamnist 28; phantom 64 (SYNTHETIC images, not taken of patients)."
     assert said in (tmp_path / "out.tex").read_text(encoding="utf-8")
+
+
+SIGNS = "★ Pareto-optimal, ↓ at or below the majority class, – not measured."
+
+
+def tables_of(results, tmp_path):
+    """Returns the three tables of text: Markdown, LaTeX and the terminal's at 80 columns."""
+    export_markdown(results, tmp_path / "out.md")
+    export_latex(results, tmp_path / "out.tex")
+    written = [(tmp_path / name).read_text(encoding="utf-8") for name in ("out.md", "out.tex")]
+    return [*written, shown(results, 80)]
+
+
+def test_every_table_of_text_explains_its_signs_and_names_the_majority_class(results, tmp_path):
+    about = ["Majority class: 62.5 % of the test images.", "Epsilon is for any one image, δ 0.0001, local noise."]
+    lines = [SIGNS, *about]
+    written, tex, terminal = tables_of(results, tmp_path)
+    assert written.splitlines()[-3] == " ".join(lines).replace("62.5 %", "62.5\u00a0%").replace("δ ", "δ\u00a0")
+    after = tex.partition("\\end{tabular}\n")[2]
+    signs = r"$\star$ Pareto-optimal, $\downarrow$ at or below the majority class, -- not measured."
+    assert signs in after
+    assert r"Majority class: 62.5~\% of the test images." in after
+    assert r"Epsilon is for any one image, $\delta$~0.0001, local noise." in after
+    assert [line.strip().replace("\u00a0", " ") for line in terminal.splitlines()[-3:]] == lines
+
+
+def test_without_privacy_nothing_is_said_of_epsilon(tmp_path):
+    for text in tables_of(build({PLAIN: MADE[PLAIN]}), tmp_path):
+        assert "Epsilon" not in text
+
+
+def test_different_claims_stand_with_their_epsilons(tmp_path):
+    both = replace(MADE[BOTH], unit="client", trust="central")
+    results = build({PLAIN: MADE[PLAIN], DP: MADE[DP], BOTH: both})
+    written, tex, terminal = (text.replace("\u00a0", " ") for text in tables_of(results, tmp_path))
+    assert written.count("| 7.96 (any one image, δ 0.0001, local noise) |") == 2
+    assert written.count("| 7.96 (any one hospital, δ 0.0001, central noise) |") == 2
+    assert tex.count(r"& 7.96 (any one hospital, $\delta$~0.0001, central noise) &") == 2
+    assert terminal.count("hospital") == 2
+    assert max(map(len, terminal.splitlines())) <= 80
+    assert "0.947–0.977" in terminal
+    for text in (written, terminal):
+        assert "Epsilons are compared only where unit, δ and noise are the same." in text
+
+
+def test_csv_and_json_say_what_epsilon_and_sensitivity_are_about(tmp_path):
+    results = build({PLAIN: MADE[PLAIN], DP: replace(MADE[DP], unit="patient")})
+    results = replace(results, data=(replace(results.data[0], positive_class="normal, benign"),))
+    export_csv(results, tmp_path / "out.csv")
+    export_json(results, tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    claims = {PLAIN: (None, None, None), DP: ("patient", 1e-4, "local")}
+    names = ("privacy_unit", "delta", "trust")
+    for row in [*content["configurations"], *content["measurements"]]:
+        assert tuple(row[name] for name in names) == claims[row["configuration"]]
+        assert row["positive_class"] == "normal, benign"
+    assert content["data"][0]["positive_class"] == "normal, benign"
+    for row in read_csv(tmp_path / "out.csv"):
+        said = tuple("" if value is None else str(value) for value in claims[row["configuration"]])
+        assert tuple(row[name] for name in names) == said
+        assert row["positive_class"] == "normal, benign"
+
+
+def test_of_two_data_sets_each_has_its_positive_class(tmp_path):
+    results = build({PLAIN: MADE[PLAIN], DP: MADE[DP]})
+    breast = {"kind": "medmnist", "name": "breastmnist", "size": 28}
+    runs = tuple(
+        replace(run, spec={**run.spec, "data": breast}) if run.configuration == DP else run for run in results.runs
+    )
+    facts = replace(results.data[0], name="breastmnist 28, iid, 3 clients, seed 0", positive_class="normal, benign")
+    rows = summary_rows(replace(results, runs=runs, data=(*results.data, facts)))
+    found = {row["configuration"]: row["positive_class"] for row in rows}
+    assert found == {PLAIN: "pneumonia", DP: "normal, benign"}
 
 
 def test_exports_are_the_same_every_time(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from builder import CONSTANT, MADE, PLAIN, build
+from builder import BOTH, CONSTANT, DP, MADE, PLAIN, build
 
 from trilemma.errors import Failure
 from trilemma.report.configurations import configuration_rows, headline
@@ -157,6 +157,22 @@ def test_every_number_of_the_main_table_is_the_results(text):
         assert found == [value for value in expected if value is not None]
         assert ("no guarantee" in cells) == (row.epsilon is None)
         assert ("Pareto-optimal" in cells) == best
+
+
+def test_the_main_table_says_what_epsilon_is_about(text):
+    def caption(text):
+        return re.search('<table id="configurations-table"><caption>(.*?)</caption>', text, re.S).group(1)
+
+    assert "ε is for any one image, δ\u00a00.0001, local noise, the largest over" in caption(text)
+    patient = {label: replace(MADE[label], unit="patient") for label in (PLAIN, DP)}
+    text = report_html(build(patient))
+    assert "ε is for any one patient" in caption(text)
+    assert "any one image" not in text
+    text = report_html(build({DP: MADE[DP], BOTH: replace(MADE[BOTH], unit="patient")}))
+    assert "compared only where unit, δ and noise are the same" in caption(text)
+    for words in ("any one image", "any one patient"):
+        assert text.count(f'<span class="range">{words}, δ\u00a00.0001, local noise</span>') == 2
+    assert "ε" not in caption(report_html(build({PLAIN: MADE[PLAIN]}))).replace("usefulness, ε, robustness", "")
 
 
 def test_missing_is_shown_as_missing_with_its_reason():

@@ -1,14 +1,19 @@
 from dataclasses import replace
 
-from builder import CONSTANT, DP, MADE, PGD, PLAIN, build
+from builder import BOTH, CONSTANT, DP, MADE, PGD, PLAIN, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trilemma.report.claims import Claim
 from trilemma.report.configurations import configuration_rows, headline
 from trilemma.report.pareto import Point, dominates, pareto_optimal, pareto_rows, robust_score
 
 LEVELS = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
-POINTS = st.builds(Point, LEVELS, st.sampled_from([1.0, 8.0, float("inf")]), LEVELS, st.sampled_from([1.0, 2.0, 4.0]))
+CLAIMS = st.sampled_from([Claim("example", 1e-5, "local", 0), Claim("client", 0.1, "central", 0)])
+SIZES = st.sampled_from([1.0, 2.0, 4.0])
+POINTS = st.builds(Point, LEVELS, st.sampled_from([1.0, 8.0]), LEVELS, SIZES, CLAIMS) | st.builds(
+    Point, LEVELS, st.just(float("inf")), LEVELS, SIZES, st.none()
+)
 
 
 @settings(deadline=None, max_examples=200)
@@ -25,6 +30,7 @@ def test_a_point_is_marked_if_and_only_if_nothing_dominates_it(points):
             for q in known
             if q.utility >= point.utility
             and q.epsilon <= point.epsilon
+            and (point.claim is None or q.claim == point.claim)
             and q.robust >= point.robust
             and q.file_bytes <= point.file_bytes
             and q != point
@@ -67,6 +73,17 @@ def test_yardsticks_constants_and_lone_threats_are_not_marked():
     marked = marked_titles(build())
     assert not any(title.startswith(("centralised", "label flip", CONSTANT)) for title in marked)
     assert f"{DP}, int8" in marked
+
+
+def test_epsilons_compete_only_where_they_claim_the_same():
+    # Worse in everything than the private model, which promises less to images than this one to hospitals.
+    worse = replace(MADE[BOTH], auroc=0.8, accuracy=0.7, robust=(0.2, 0.0, 0.0), epsilon=9.0)
+    assert f"{BOTH}, int8" not in marked_titles(build({DP: MADE[DP], BOTH: worse}))
+    for other in ({"unit": "client", "trust": "central"}, {"unit": "patient"}, {"trust": "distributed"}):
+        assert f"{BOTH}, int8" in marked_titles(build({DP: MADE[DP], BOTH: replace(worse, **other)}))
+    assert f"{PLAIN}, int8" not in marked_titles(
+        build({DP: replace(MADE[PLAIN], epsilon=7.96), PLAIN: replace(MADE[PLAIN], auroc=0.9)})
+    ), "any guarantee is better than none"
 
 
 def test_threatened_configurations_compete_with_each_other():

@@ -189,12 +189,8 @@ def _privacy(rows: Sequence[Row], by: Headline) -> list[Finding]:
     for pair in found[:MOST_PAIRS]:
         effect = change(pair, by.utility)
         if effect is not None:
-            claim = (
-                "no guarantee, for it is void"
-                if pair.changed.epsilon is None
-                else f"ε ≤ {numbers.epsilon(pair.changed.epsilon)} for any one image"
-            )
-            texts.append(f"{named(pair)} ({claim}): {effect.sentence}")
+            promise = pair.changed.promise or "no guarantee, for it is void"
+            texts.append(f"{named(pair)} ({promise}): {effect.sentence}")
     return _finding("What does privacy cost?", texts, len(found), MOST_PAIRS)
 
 

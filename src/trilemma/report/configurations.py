@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trilemma.evaluation.measurement import Measurement
+from trilemma.report import numbers
+from trilemma.report.claims import Claim, claim_of
 from trilemma.report.estimates import Estimate, estimate, exact
 from trilemma.results import Artefact, DataFacts, Evaluated, Results, Run
 
@@ -52,7 +54,7 @@ class Row:
         clients: Client name, or "worst" -> metric -> estimate; a hospital that trained alone is judged on its own.
         attacked: Every attack and radius.
         epsilon: The largest over clients and seeds, or None where nothing may be claimed.
-        delta: Its delta, or None.
+        claim: What epsilon is about, at the largest delta over seeds; None where nothing may be claimed.
         void: Why nothing may be claimed, one phrase each; empty where epsilon stands.
         file_bytes: Of the shipped file.
         latency_1: Seconds for one image; the interval holds quartiles.
@@ -71,7 +73,7 @@ class Row:
     clients: dict[str, dict[str, Estimate]]
     attacked: tuple[Attacked, ...]
     epsilon: float | None
-    delta: float | None
+    claim: Claim | None
     void: tuple[str, ...]
     file_bytes: Estimate
     latency_1: Estimate
@@ -89,6 +91,13 @@ class Row:
     def majority(self) -> float | None:
         """Returns the accuracy of always giving the most frequent answer, or None where it was not measured."""
         return self.metric("majority_accuracy").value
+
+    @property
+    def promise(self) -> str:
+        """Returns "ε ≤ 7.96 for any one image, δ 1e-05, local noise", or "" where nothing may be claimed."""
+        if self.epsilon is None or self.claim is None:
+            return ""
+        return f"ε ≤ {numbers.epsilon(self.epsilon)} for {self.claim.in_words}"
 
     def metric(self, name: str) -> Estimate:
         """Returns a clean metric over all test records."""
@@ -166,6 +175,11 @@ def configuration_rows(results: Results) -> tuple[Row, ...]:
     return tuple(_row(cells, results.data) for cells in groups.values())
 
 
+def claims_of(rows: Iterable[Row]) -> tuple[Claim, ...]:
+    """Returns what the rows' epsilons are about, each once; more than one cannot all be compared."""
+    return tuple(dict.fromkeys(row.claim for row in rows if row.claim is not None))
+
+
 def artefact_titles(results: Results) -> dict[str, tuple[str, str, int]]:
     """Returns artefact key -> (configuration, compression, seed)."""
     runs = {run.key: run for run in results.runs}
@@ -180,7 +194,7 @@ def headline(rows: Iterable[Row]) -> Headline:
     """Returns by which metric and which attack the rows are compared.
 
     The strongest evaluation is the one of the strongest kind; among several of a kind the one under which the
-    rows keep the least accuracy at their largest common radius.
+    rows keep the least accuracy at their largest common radius. One that no row has a value of comes last.
     """
     rows = list(rows)
     utility = "auroc" if rows and all(row.metric("auroc").value is not None for row in rows) else "accuracy"
@@ -192,10 +206,10 @@ def headline(rows: Iterable[Row]) -> Headline:
             values = [row.under(name, max(common)).robust.value for row in rows]
             kept = [value for value in values if value is not None]
             mean = sum(kept) / len(kept) if kept else 1.0
-            candidates.append((-ATTACK_STRENGTH.get(kind, 0), mean, name, max(common)))
+            candidates.append((not kept, -ATTACK_STRENGTH.get(kind, 0), mean, name, max(common)))
     if not candidates:
         return Headline(utility, "", 0.0)
-    _, _, name, radius = min(candidates)
+    *_, name, radius = min(candidates)
     return Headline(utility, name, radius)
 
 
@@ -226,8 +240,8 @@ def _row(cells: list[_Cell], data: tuple[DataFacts, ...]) -> Row:
     first = cells[0].run
     void = dict.fromkeys(reason for cell in cells for reason in void_reasons(cell.artefact))
     budgets = [cell.artefact.guarantee.epsilon for cell in cells]
-    deltas = {cell.artefact.guarantee.delta for cell in cells} - {None}
     epsilons = [value for value in budgets if value is not None]
+    claims = [claim for cell in cells if (claim := claim_of(cell.artefact.guarantee))]
     return Row(
         configuration=first.configuration,
         compression=cells[0].artefact.compression,
@@ -238,7 +252,7 @@ def _row(cells: list[_Cell], data: tuple[DataFacts, ...]) -> Row:
         clients=_clients(cells),
         attacked=_attacked(cells),
         epsilon=max(epsilons) if len(epsilons) == len(cells) else None,
-        delta=max((d for d in deltas if d is not None), default=None),
+        claim=max(claims, key=lambda claim: claim.delta) if claims and len(epsilons) == len(cells) else None,
         void=tuple(void) if len(epsilons) < len(cells) else (),
         file_bytes=exact((c.run.seed, float(c.artefact.file_bytes)) for c in cells),
         latency_1=_cost(cells, "latency_batch1_seconds"),

@@ -17,10 +17,12 @@ class DataUsed(NamedTuple):
     Attributes:
         name: Such as "pneumoniamnist 28".
         synthetic: True for generated images.
+        positive_class: Of two classes the one whose images sensitivity is about; "" for more classes.
     """
 
     name: str
     synthetic: bool
+    positive_class: str = ""
 
 
 def data_of(run: Run, results: Results) -> DataUsed:
@@ -31,7 +33,11 @@ def data_of(run: Run, results: Results) -> DataUsed:
     spec = run.spec["data"]
     kinds = {facts.synthetic for facts in results.data}
     synthetic = kinds.pop() if len(kinds) == 1 else spec["kind"] == "phantom"
-    return DataUsed(_DATA.validate_json(json.dumps(spec)).label, synthetic)
+    label = _DATA.validate_json(json.dumps(spec)).label
+    # Facts are named "data set, partition, seed"; where that name is not the label, all facts must agree.
+    facts = [facts for facts in results.data if f"{facts.name}, ".startswith(f"{label}, ")] or results.data
+    positive = {each.positive_class for each in facts}
+    return DataUsed(label, synthetic, positive.pop() if len(positive) == 1 else "")
 
 
 def data_in_words(results: Results) -> str:

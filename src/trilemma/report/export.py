@@ -1,7 +1,8 @@
 """The results for other programs: CSV and JSON with every number, LaTeX and Markdown with the table.
 
-CSV is tidy: one row per measurement, an empty field where there is no value. Text that a spreadsheet would run as
-a formula gets an apostrophe in front.
+CSV is tidy: one row per measurement, an empty field where there is no value. `privacy_unit`, `delta` and `trust` are
+what an epsilon is about; `positive_class` is whose images sensitivity is about, empty for more than two classes, where
+it is a macro average. Text that a spreadsheet would run as a formula gets an apostrophe in front.
 """
 
 import csv
@@ -14,16 +15,18 @@ from typing import Any
 
 from trilemma.atomic import atomic_write
 from trilemma.evaluation.measurement import Measurement
+from trilemma.report.claims import claim_of
 from trilemma.report.configurations import void_reasons
 from trilemma.report.datasets import DataUsed, data_in_words, data_of
 from trilemma.report.markup import clean
-from trilemma.report.summary import summary_rows, written_rows
+from trilemma.report.summary import legend, summary_rows, written_rows
 from trilemma.results import Artefact, Results, Run
 
 #: Columns of the CSV file and fields of a measurement in JSON, in order.
 COLUMNS = (
     "study", "configuration", "seed", "compression", "artefact", "evaluation", "kind", "metric", "radius", "source",
     "client", "value", "low", "high", "n", "unit", "split", "status", "reason", "data", "synthetic",
+    "positive_class", "privacy_unit", "delta", "trust",
 )  # fmt: skip
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -31,7 +34,8 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "\u00a0": "~",
-    "–": "--", "−": "$-$", "ε": r"$\varepsilon$", "★": r"$\star$", "↓": r"$\downarrow$", "“": "``", "”": "''",
+    "–": "--", "−": "$-$", "ε": r"$\varepsilon$", "★": r"$\star$", "↓": r"$\downarrow$", "δ": r"$\delta$",
+    "“": "``", "”": "''",
 }  # fmt: skip
 _MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]|~$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
 
@@ -55,8 +59,8 @@ def export_json(results: Results, path: Path) -> None:
         "command": results.command,
         "data": [
             {"name": d.name, "source": d.source, "synthetic": d.synthetic, "classes": list(d.classes),
-             "num_records": d.num_records, "majority_accuracy": d.majority_accuracy, "clients": d.clients,
-             "warnings": list(d.warnings)}
+             "positive_class": d.positive_class or None, "num_records": d.num_records,
+             "majority_accuracy": d.majority_accuracy, "clients": d.clients, "warnings": list(d.warnings)}
             for d in results.data
         ],
         "configurations": summary_rows(results),
@@ -87,6 +91,8 @@ def export_latex(results: Results, path: Path) -> None:
         *(" & ".join(map(latex, row)) + " \\\\" for row in rows),
         "\\bottomrule",
         "\\end{tabular}",
+        "",
+        f"{{\\footnotesize {latex(' '.join(legend(results)))}\\par}}",
     ]
     atomic_write(Path(path), ("\n".join(lines) + "\n").encode())
 
@@ -98,6 +104,8 @@ def export_markdown(results: Results, path: Path) -> None:
         "| " + " | ".join(map(markdown, titles)) + " |",
         "|" + "|".join([" --- ", " --- ", *[" ---: "] * (len(titles) - 3), " :---: "]) + "|",
         *("| " + " | ".join(map(markdown, row)) + " |" for row in rows),
+        "",
+        markdown(" ".join(legend(results))),
         "",
         markdown(data_in_words(results)),
     ]
@@ -142,6 +150,7 @@ def _of_training(run: Run, artefact: Artefact) -> Iterator[Measurement]:
 
 def _row(study: str, run: Run, artefact: Artefact, data: DataUsed, m: Measurement) -> dict[str, Any]:
     """Returns a measurement with where it comes from, in the order of the columns; its evaluation is still empty."""
+    claim = claim_of(artefact.guarantee)
     row = {
         "study": study,
         "configuration": run.configuration,
@@ -153,6 +162,10 @@ def _row(study: str, run: Run, artefact: Artefact, data: DataUsed, m: Measuremen
         **m._asdict(),
         "data": data.name,
         "synthetic": data.synthetic,
+        "positive_class": data.positive_class or None,
+        "privacy_unit": claim.unit if claim else None,
+        "delta": claim.delta if claim else None,
+        "trust": claim.trust if claim else None,
     }
     return {name: row[name] for name in COLUMNS}
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from trilemma.report.claims import Claim
 from trilemma.report.configurations import Headline, Row
 
 
@@ -14,16 +15,24 @@ class Point(NamedTuple):
         epsilon: Lower is better; infinity where no guarantee holds.
         robust: Robust accuracy, higher is better; 0 for a model at or below the majority class.
         file_bytes: Lower is better.
+        claim: What epsilon is about, or None without a guarantee.
     """
 
     utility: float
     epsilon: float
     robust: float
     file_bytes: float
+    claim: Claim | None
 
 
 def dominates(a: Point, b: Point) -> bool:
-    """Returns whether a is at least as good as b in everything and better in something."""
+    """Returns whether a is at least as good as b in everything and better in something.
+
+    Any guarantee is at least as good as none. Two that do not claim the same (unit, delta and trust) cannot be
+    compared, so neither is at least as good as the other.
+    """
+    if b.epsilon != float("inf") and a.claim != b.claim:
+        return False
     ours = (a.utility, -a.epsilon, a.robust, -a.file_bytes)
     theirs = (b.utility, -b.epsilon, b.robust, -b.file_bytes)
     return all(x >= y for x, y in zip(ours, theirs, strict=True)) and ours != theirs
@@ -57,7 +66,7 @@ def point(row: Row, by: Headline) -> Point | None:
     utility, robust, size = row.metric(by.utility).value, robust_score(row, by), row.file_bytes.value
     if utility is None or robust is None or size is None:
         return None
-    return Point(utility, float("inf") if row.epsilon is None else row.epsilon, robust, size)
+    return Point(utility, float("inf") if row.epsilon is None else row.epsilon, robust, size, row.claim)
 
 
 def is_choice(row: Row) -> bool:

@@ -1,9 +1,11 @@
 """The table of configurations as plain values, for the terminal and for every export."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from trilemma.report import numbers
-from trilemma.report.configurations import Headline, Row, configuration_rows, headline
+from trilemma.report.configurations import Headline, Row, claims_of, configuration_rows, headline
+from trilemma.report.datasets import data_of
 from trilemma.report.estimates import Estimate
 from trilemma.report.pareto import pareto_rows
 from trilemma.results import Results
@@ -15,11 +17,16 @@ def summary_rows(results: Results) -> list[dict[str, Any]]:
     """Returns one dict per configuration and compression; what is missing is None, never 0.
 
     Every rate has three entries: its name, `NAME_low` and `NAME_high`. `robust_evaluation` and `robust_radius` say
-    under which attack `robust_accuracy` was measured.
+    under which attack `robust_accuracy` was measured, `privacy_unit`, `delta` and `trust` what `epsilon` is about, and
+    `positive_class` whose images `sensitivity` is about (None for more than two classes: it is a macro average).
     """
     rows = configuration_rows(results)
     by = headline(rows)
-    return [_plain(row, best, by) for row, best in zip(rows, pareto_rows(rows, by), strict=True)]
+    positive = {run.configuration: data_of(run, results).positive_class or None for run in results.runs}
+    return [
+        _plain(row, best, by) | {"positive_class": positive[row.configuration]}
+        for row, best in zip(rows, pareto_rows(rows, by), strict=True)
+    ]
 
 
 def written_rows(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -30,8 +37,30 @@ def written_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     robust = [f"robust ({by.evaluation}, {numbers.radius(by.radius)})"] if by.evaluation else []
     titles = ["configuration", "compression", *map(numbers.metric_title, utilities), "epsilon", *robust]
     titles += ["file", "latency", "Pareto"]
-    cells = [_written(row, best, by, utilities) for row, best in zip(rows, pareto_rows(rows, by), strict=True)]
+    mixed = len(claims_of(rows)) > 1
+    cells = [_written(row, best, by, utilities, mixed) for row, best in zip(rows, pareto_rows(rows, by), strict=True)]
     return titles, cells
+
+
+def legend(results: Results) -> list[str]:
+    """Returns what a reader of `written_rows` must know: its signs, the majority class, what epsilon is about."""
+    rows = configuration_rows(results)
+    said = ["★ Pareto-optimal, ↓ at or below the majority class, – not measured."]
+    shares = majority_shares(rows)
+    if shares:
+        said.append(f"Majority class: {shares} of the test images.")
+    claims = claims_of(rows)
+    if len(claims) == 1:
+        said.append(f"Epsilon is for {claims[0].in_words}.")
+    elif claims:
+        said.append("Epsilons are compared only where unit, δ and noise are the same.")
+    return said
+
+
+def majority_shares(rows: Sequence[Row]) -> str:
+    """Returns the accuracy of always giving the most frequent answer, "62.5 %" or "50.0 % to 62.5 %", or ""."""
+    written = [numbers.percent(share) for share in sorted(row.majority for row in rows if row.majority is not None)]
+    return " to ".join(dict.fromkeys((written[0], written[-1]))) if written else ""
 
 
 def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
@@ -47,7 +76,9 @@ def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
     plain |= {
         "majority_accuracy": row.majority,
         "epsilon": row.epsilon,
-        "delta": row.delta,
+        "delta": row.claim.delta if row.claim else None,
+        "privacy_unit": row.claim.unit if row.claim else None,
+        "trust": row.claim.trust if row.claim else None,
         "no_guarantee_because": "; ".join(row.void),
         "robust_evaluation": by.evaluation or None,
         "robust_radius": by.radius if by.evaluation else None,
@@ -68,15 +99,16 @@ def _three(name: str, estimate: Estimate) -> dict[str, float | None]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def _written(row: Row, best: bool, by: Headline, utilities: tuple[str, ...]) -> list[str]:
+def _written(row: Row, best: bool, by: Headline, utilities: tuple[str, ...], mixed: bool) -> list[str]:
     robust = row.under(by.evaluation, by.radius).robust
     below = robust.value is not None and row.majority is not None and robust.value <= row.majority
     size, latency = row.file_bytes.value, row.latency_1.value
+    about = f" ({row.claim.in_words})" if mixed and row.claim else ""
     return [
         row.configuration,
         row.compression,
         *(numbers.metric_estimate(metric, row.metric(metric)) for metric in utilities),
-        "no guarantee" if row.epsilon is None else numbers.epsilon(row.epsilon),
+        "no guarantee" if row.epsilon is None else numbers.epsilon(row.epsilon) + about,
         *([numbers.metric_estimate("robust_accuracy", robust) + (" ↓" if below else "")] if by.evaluation else []),
         numbers.NO_VALUE if size is None else numbers.byte_size(size),
         numbers.NO_VALUE if latency is None else numbers.duration(latency),

@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 
 from trilemma.report import numbers
-from trilemma.report.configurations import ATTACK_STRENGTH, Headline, Row
+from trilemma.report.configurations import ATTACK_STRENGTH, Headline, Row, claims_of
 from trilemma.report.estimates import Estimate
 from trilemma.report.markup import Content, Html, tag
 from trilemma.report.pareto import pareto_rows
+from trilemma.report.summary import majority_shares
 from trilemma.report.transfer import Transfer
 from trilemma.results import DataFacts, Results
 
@@ -83,7 +84,7 @@ def absent(reason: str, notes: Notes) -> Html:
 
 def main_table(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Html:
     """Returns the table of configurations: useful, private, robust, scalable, the Pareto-optimal rows marked."""
-    notes, optimal = Notes("note-main"), pareto_rows(rows, by)
+    notes, optimal, mixed = Notes("note-main"), pareto_rows(rows, by), len(claims_of(rows)) > 1
     utilities = ("auroc", "accuracy") if any(row.metric("auroc").value is not None for row in rows) else ("accuracy",)
     has_worst = any("worst" in row.clients for row in rows)
     body = []
@@ -98,7 +99,7 @@ def main_table(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Html:
             tag("td", row.compression, class_="text"),
             *(rate_cell(metric, row.metric(metric), notes) for metric in utilities),
             rate_cell("accuracy", row.client("worst", "accuracy"), notes) if has_worst else None,
-            _epsilon_cell(row, notes),
+            _epsilon_cell(row, notes, mixed),
             rate_cell("robust_accuracy", robust, notes, row.majority) if by.evaluation else None,
             amount_cell(row.file_bytes, numbers.byte_size, notes),
             amount_cell(row.latency_1, numbers.duration, notes),
@@ -115,22 +116,29 @@ def main_table(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Html:
 def _main_caption(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Content:
     robust = ""
     if by.evaluation:
-        shares = sorted({row.majority for row in rows if row.majority is not None})
+        shares = majority_shares(rows)
         robust = f" Robust: accuracy under “{by.evaluation}” at radius {numbers.radius(by.radius)}"
-        robust += f"; always giving the most frequent answer reaches {_span(shares)}." if shares else "."
+        robust += f"; always giving the most frequent answer reaches {shares}." if shares else "."
     return (
         f"Means over seeds {', '.join(map(str, seeds))}, with 95\u00a0% intervals: Student’s t over seeds, or the mean "
-        "interval of the single models where that is wider. ε is for one image, the largest over hospitals and seeds."
-        f"{robust} ★ marks what is Pareto-optimal: no other configuration under the same conditions is as good in "
-        "usefulness, ε, robustness and file size and better in one. It compares the values alone: where intervals "
-        "overlap, which of two is marked is partly luck. Pooled (centralised) training is a yardstick and "
-        "takes no part, nor does a model that answers the same for every image."
+        f"interval of the single models where that is wider.{_about_epsilon(rows)}{robust} ★ marks what is "
+        "Pareto-optimal: no other configuration under the same conditions is as good in usefulness, ε, robustness and "
+        "file size and better in one. It compares the values alone: where intervals overlap, which of two is marked is "
+        "partly luck. Pooled (centralised) training is a yardstick and takes no part, nor does a model that answers "
+        "the same for every image."
     )
 
 
-def _span(shares: Sequence[float]) -> str:
-    low, high = numbers.percent(shares[0]), numbers.percent(shares[-1])
-    return low if low == high else f"{low} to {high}"
+def _about_epsilon(rows: Sequence[Row]) -> str:
+    claims = claims_of(rows)
+    if not claims:
+        return ""
+    if len(claims) == 1:
+        return f" ε is for {claims[0].in_words}, the largest over hospitals and seeds."
+    return (
+        " ε is for what stands below it, the largest over hospitals and seeds; two of them are compared only where "
+        "unit, δ and noise are the same."
+    )
 
 
 def _main_head(by: Headline, utilities: Sequence[str], has_worst: bool) -> list[Content]:
@@ -159,10 +167,11 @@ def _main_head(by: Headline, utilities: Sequence[str], has_worst: bool) -> list[
     return [tag("tr", *groups), header(columns, first=2)]
 
 
-def _epsilon_cell(row: Row, notes: Notes) -> Html:
+def _epsilon_cell(row: Row, notes: Notes, mixed: bool) -> Html:
     if row.epsilon is None:
         return tag("td", "no guarantee", notes.mark("; ".join(row.void)), class_="missing")
-    return tag("td", tag("data", numbers.epsilon(row.epsilon), value=repr(row.epsilon)))
+    about = tag("span", row.claim.in_words, class_="range") if mixed and row.claim else None
+    return tag("td", tag("data", numbers.epsilon(row.epsilon), value=repr(row.epsilon)), about)
 
 
 def robustness_table(rows: Sequence[Row]) -> Html:

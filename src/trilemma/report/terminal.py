@@ -6,7 +6,7 @@ from rich.text import Text
 
 from trilemma.report.answer import answer
 from trilemma.report.markup import clean
-from trilemma.report.summary import written_rows
+from trilemma.report.summary import legend, written_rows
 from trilemma.results import Results
 
 #: A table with the names in its first column needs a terminal of so many columns; in a narrower one they fold badly.
@@ -24,7 +24,7 @@ def answer_table(results: Results, width: int) -> Table:
     narrow = width < WIDTH_FOR_NAMES
     table = Table(title=_text(results.name), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = ((0, 1, 0, 0) if narrow else (0, 1)), not narrow
-    table.caption = Text("★ Pareto-optimal   ↓ at or below the majority class   – not measured", style="dim")
+    table.caption = Text("\n".join(map(clean, legend(results))), style="dim")
     if narrow:
         table.add_column(Text("#"), justify="right")
     else:
@@ -58,12 +58,12 @@ def _opening(topic: str) -> str:
 
 
 def _two_lines(cell: str) -> Text:
-    """Returns a cell with its interval, if it has one, on a line of its own."""
-    value, bracket, interval = cell.partition(" (")
-    if " to " not in interval:
+    """Returns a cell with what stands in its brackets, such as an interval, on lines of its own."""
+    value, bracket, inner = cell.partition(" (")
+    if not bracket:
         return _text(cell)
-    low_high, _, mark = clean(interval).replace(" to ", "–").partition(")")
-    return Text.assemble(_text(value + mark), "\n", Text(low_high, style="not bold dim"))
+    small, _, mark = clean(inner).replace(" to ", "–").replace(", ", "\n").partition(")")
+    return Text.assemble(_text(value + mark), "\n", Text(small, style="not bold dim"))
 
 
 def _text(text: str) -> Text:

@@ -84,7 +84,7 @@ def _won(row: Row, at: Corners, num_winners: int, choices: Sequence[Row], by: He
     opening = "Yes, on these data" if at.certain else "Perhaps: the interval reaches down to the majority class, but"
     weak = f" An ε above {WEAK_EPSILON:g} is a weak promise, though." if row.epsilon > WEAK_EPSILON else ""
     return (
-        f"{opening}: “{row.title}” is all three{others}. It is private (ε ≤ {numbers.epsilon(row.epsilon)}), "
+        f"{opening}: “{row.title}” is all three{others}. It is private ({row.promise}), "
         f"{_robustness(row, by)}, and its file takes {numbers.byte_size(row.file_bytes.value)}. "
         f"{_price(row, choices, by)}{weak}"
     )
@@ -93,12 +93,15 @@ def _won(row: Row, at: Corners, num_winners: int, choices: Sequence[Row], by: He
 def _lost(reached: Sequence[tuple[Row, Corners]], by: Headline) -> str:
     num = len(reached)
     counts = [sum(getattr(c, name) for _, c in reached) for name in ("private", "robust", "small")]
-    row, at = max(reached, key=lambda item: (sum(item[1][:3]), item[0].metric(by.utility).value or 0.0))
     text = (
         f"No. Of {num} configurations as shipped, {counts[0]} carry a privacy guarantee, {counts[1]} are better under "
         f"{attack(by)} than always giving the most frequent answer, and "
         f"{counts[2]} ship a file of at most half the largest; none does all three."
     )
+    able = [(row, at) for row, at in reached if not row.constant]
+    if not able:
+        return text
+    row, at = max(able, key=lambda item: (sum(item[1][:3]), item[0].metric(by.utility).value or 0.0))
     words = ("private", "robust", "small")
     has = [word for word, there in zip(words, at[:3], strict=True) if there]
     lacks = [word for word, there in zip(words, at[:3], strict=True) if not there]
