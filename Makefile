@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 study: setup
 	$(BIN)/trilemma run studies/quickstart.toml
+	@echo 'The command is $(BIN)/trilemma; after "source $(BIN)/activate" it is trilemma. Your own images: docs/your-own-data.md'
 
 test: setup
 	$(PYTEST)

@@ -1,5 +1,6 @@
 """The command line: what each command says, and for every mistake one message, the right exit code and no traceback."""
 
+import io
 import json
 import os
 import re
@@ -142,6 +143,31 @@ def test_names_are_never_read_as_markup(trilemma, tmp_path):
     assert (code, err) == (0, "") and "Is [/bold] text?" in out
 
 
+def test_paths_are_never_read_as_markup(done, trilemma, tmp_path):
+    """A bracket or a colon in a path: all is written, and the path is shown as it is."""
+    study, store, *_ = done
+    folder = shutil.copytree(store, tmp_path / "x[/b]:smile:")
+    code, out, err = trilemma("report", study, "--store", folder)
+    assert (code, err) == (0, "") and f"Report: {folder}/reports/smallest.html" in out
+    code, out, err = trilemma("export", study, tmp_path / "o[/red][red].csv", "--store", folder)
+    assert (code, err) == (0, "") and f"wrote {tmp_path}/o[/red][red].csv" in out
+    key = plan_of(study).cells[0].key
+    code, out, err = trilemma("show", key, "--store", folder)
+    assert (code, err) == (0, "") and f"file: {folder}/artefacts" in out and f"artefact {key} of training" in out
+    code, _, err = trilemma("list", "--store", tmp_path / "[/red]:smile:")
+    assert code == 2 and f"error: {tmp_path}/[/red]:smile:: there is no store here" in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_the_letters_shows_others(done, trilemma, monkeypatch, encoding):
+    study, store, *_ = done
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    code, _, err = trilemma("report", study, "--store", store)
+    assert (code, err) == (0, "")
+    assert b"? Pareto-optimal" in terminal.buffer.getvalue() and b"Report: " in terminal.buffer.getvalue()
+
+
 def test_the_command_of_a_report_can_be_pasted(done, trilemma, tmp_path):
     study, store, *_ = done
     out = tmp_path / "out.json"
@@ -161,6 +187,18 @@ def folder_study(tmp_path, *, spoil=None, drop=()):
         path.write_bytes(spoil[1](path.read_bytes()))
     text = SMALLEST.replace('"by_site"', '"iid"')
     return [write_study(tmp_path, text), "--set", f'base.data={{kind="folder", path="{tmp_path}/images", size=16}}']
+
+
+def named_study(tmp_path, data):
+    return [write_study(tmp_path, SMALLEST.replace('"by_site"', '"iid"')), "--set", f"base.data={data}"]
+
+
+def undecodable_study(tmp_path):
+    """A class folder whose name is no UTF-8."""
+    arguments = folder_study(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / "images" / split / "b").rename(tmp_path / "images" / split / "b\udcff")
+    return arguments
 
 
 def manifest_study(tmp_path, row):
@@ -198,6 +236,11 @@ def test_images_that_cannot_be_used(trilemma, tmp_path, monkeypatch):
         "not there": (manifest_study, {"row": "none.png,a"}, "none.png"),
         "no label": (manifest_study, {"row": "1.png,"}, "label"),
         "label outside": (medmnist_study, {"monkeypatch": monkeypatch}, "pneumoniamnist.npz"),
+        "NUL": (named_study, {"data": r'{kind="manifest", path="a\u0000b.csv"}'}, r"a\x00b.csv"),
+        "NUL in a folder": (named_study, {"data": r'{kind="pneumonia", folder="a\u0000b"}'}, r"a\x00b"),
+        "too long": (named_study, {"data": f'{{kind="folder", path="/{"a" * 300}"}}'}, "aaa...: cannot be read"),
+        "far too long": (named_study, {"data": f'{{kind="pcam", path="/{"a/" * 3000}"}}'}, "a/...: cannot be read"),
+        "no UTF-8": (undecodable_study, {}, r"b\udcff/0.png: is a path that is not UTF-8"),
     }
     for name, (make, arguments, said) in cases.items():
         folder = tmp_path / name
@@ -264,6 +307,12 @@ def test_requests_of_the_store_that_cannot_be(done, trilemma, tmp_path):
         (["check", tmp_path], 2, "could not be read"),
         (["export", study, tmp_path / "study.toml" / "out.csv", "--store", store], 1, "could not be written"),
         (["frobnicate"], 2, "frobnicate"),
+        (["list", "--store", "a" * 300], 2, "aaa...: cannot be read (File name too long). Correct the path"),
+        (["check", study, "--store", "a" * 300], 2, "too long"),
+        (["check", study, "--ledgers", "a" * 300], 2, "too long"),
+        (["data", study, "--data", "a" * 300], 2, "too long"),
+        (["ledger", "show", "a" * 300], 2, "too long"),
+        (["ledger", "admit", "a" * 300, "--study", study], 2, "too long"),
     ]
     for arguments, expected, said in cases:
         code, _, err = trilemma(*arguments)

@@ -29,7 +29,7 @@ from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.robustness import robust_measurements
 from trilemma.federation.clients import make_clients
 from trilemma.models.classifier import Classifier
-from trilemma.privacy.guarantee import Guarantee
+from trilemma.privacy.guarantee import Guarantee, Trust, Unit
 from trilemma.spec import Spec
 from trilemma.study.load import load_study
 from trilemma.study.migrations import MIGRATIONS
@@ -206,6 +206,16 @@ def test_every_table_and_column_of_the_store_is_documented():
             assert f"`{column}`" in lines[f"`{table}`"], f"{table}.{column}"
     db.close()
     assert f"Version {len(MIGRATIONS)}." in page("store.md")
+
+
+def test_the_page_on_choosing_names_every_choice():
+    text = page("choosing.md")
+    wanted = {f'unit = "{unit}"' for unit in get_args(Unit)} | {f'trust = "{trust}"' for trust in get_args(Trust)}
+    members = unions()
+    kinds = [spec.model_fields["kind"].default for spec in members["DefenceSpec"] + members["CompressionSpec"]]
+    wanted |= {f'kind = "{kind}"' for kind in kinds if kind != "none"}
+    assert len(wanted) >= 10
+    assert not {choice for choice in wanted if choice not in text}
 
 
 def test_every_field_of_a_guarantee_is_explained():

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -55,6 +56,36 @@ def test_defaults_are_part_of_the_key():
 def test_specs_refuse_what_they_do_not_know(fields):
     with pytest.raises(ValidationError):
         Example(**fields)
+
+
+class Switches(Spec):
+    on: bool = False
+    either: bool | int = 0
+    sizes: tuple[float, ...] = ()
+    radius: Radius = 0.0
+    inner: Example = Example()
+    free: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sizes": [True]},
+        {"sizes": (1.0, False)},
+        {"radius": True},
+        {"inner": {"count": True}},
+        {"inner": {"size": False}},
+    ],
+)
+def test_true_is_no_number(fields):
+    with pytest.raises(ValidationError, match="takes neither true nor false"):
+        Switches(**fields)
+
+
+def test_true_stays_what_it_is_where_it_may_be():
+    made = Switches(on=True, either=True, free={"use_bn": True, "layers": [False, 1]})
+    assert made.on is True and made.either is True and made.free == {"use_bn": True, "layers": [False, 1]}
+    assert Switches(inner=Example(count=2)).inner.count == 2
 
 
 def test_specs_are_frozen():

@@ -1,5 +1,6 @@
 """The command line. Everything heavy is imported by the command that needs it, so that `--help` answers at once."""
 
+import io
 import os
 import shlex
 import sys
@@ -145,7 +146,7 @@ def export(
         results = _results(plan, opened, study_file, overrides)
     _refuse_empty(results, store)
     writer(results, out)
-    console().print(f"wrote {out}", highlight=False)
+    console().print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
 @app.command("list")
@@ -199,6 +200,9 @@ def _options(
 
 def main() -> None:
     """Runs the command line: 0 for success, 2 for the user's mistakes, 1 for failures, never a traceback."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no "★" shows "?", and nothing fails for it
+            stream.reconfigure(errors=errors)
     try:
         app()
     except TrilemmaError as error:
@@ -215,7 +219,8 @@ def main() -> None:
 def _end(message: str, code: int) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="bold red", markup=False, highlight=False)
+    terminal = Console(stderr=True, soft_wrap=True, emoji=False)
+    terminal.print(f"error: {message}", style="bold red", markup=False, highlight=False)
     sys.exit(code)
 
 
@@ -223,8 +228,8 @@ def _keep_traceback() -> str:
     import tempfile
     import traceback
 
-    with tempfile.NamedTemporaryFile("w", prefix="trilemma-error-", suffix=".txt", delete=False) as file:
-        file.write(traceback.format_exc())
+    with tempfile.NamedTemporaryFile(prefix="trilemma-error-", suffix=".txt", delete=False) as file:
+        file.write(traceback.format_exc().encode(errors="backslashreplace"))
     return file.name
 
 

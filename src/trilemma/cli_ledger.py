@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilemma.cli_options import DataFolder, Overrides, console, data_roots, load_plan
+from trilemma.cli_options import DataFolder, Overrides, console, data_roots, load_plan, possible_path
 from trilemma.errors import Failure
 
 if TYPE_CHECKING:
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 ledger_app = typer.Typer(name="ledger", help="Keep the hospitals' privacy budget books.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of the books.", show_default=False)]
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="The folder of the books.", show_default=False, callback=possible_path),
+]
 Study = Annotated[Path, typer.Option("--study", metavar="STUDY.toml", help="The study file.", show_default=False)]
 
 
@@ -48,7 +51,10 @@ def admit(folder: Folder, study_file: Study, data: DataFolder = None, overrides:
 
 @ledger_app.command()
 def show(
-    where: Annotated[Path, typer.Argument(metavar="FOLDER_OR_FILE", help="The books.", show_default=False)],
+    where: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER_OR_FILE", help="The books.", show_default=False, callback=possible_path),
+    ],
     entries: Annotated[bool, typer.Option("--entries", help="Show every booking.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     noted: Annotated[

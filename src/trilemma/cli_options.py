@@ -11,10 +11,23 @@ if TYPE_CHECKING:
     from trilemma.data.roots import DataRoots
     from trilemma.study.plan import Plan
 
+
+def possible_path(path: Path | None) -> Path | None:
+    """Returns a path that was given, or the message that it can be none."""
+    from trilemma.data.roots import possible
+
+    return None if path is None else possible(path, str(path))
+
+
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.", show_default=False)]
-StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.", envvar="TRILEMMA_STORE")]
+StoreFolder = Annotated[
+    Path, typer.Option("--store", help="Folder of the store.", envvar="TRILEMMA_STORE", callback=possible_path)
+]
 DataFolder = Annotated[
-    Path | None, typer.Option("--data", help="Folder of your images.", envvar="TRILEMMA_DATA", show_default="./data")
+    Path | None,
+    typer.Option(
+        "--data", help="Folder of your images.", envvar="TRILEMMA_DATA", show_default="./data", callback=possible_path
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change a field, as in --set base.rounds=2; may be repeated.")
@@ -25,6 +38,7 @@ LedgerFolder = Annotated[
         "--ledgers",
         help="Folder of the hospitals' budget books: every training is booked there before it runs.",
         show_default="no books are kept",
+        callback=possible_path,
     ),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads of each process.")]
@@ -33,10 +47,10 @@ DEFAULT_STORE = Path("results")
 
 
 def console() -> "Console":
-    """Returns the terminal."""
+    """Returns the terminal. It takes text as it is: brackets and colons in a path or a name stay what they are."""
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False, emoji=False)
 
 
 def load_plan(study_file: Path, overrides: list[str] | None) -> "Plan":

@@ -5,6 +5,7 @@ MONAI takes seconds to import, so it is imported when it is needed.
 
 import importlib.util
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +160,25 @@ def _either(names: Any) -> str:
     return "one of " + ", ".join(names)
 
 
-def read_dicom(path: Path) -> np.ndarray:
+def read_dicom(path: Path, max_pixels: int) -> np.ndarray:
     """Returns a DICOM file's picture as it is meant to be displayed, float32 in [0, 1], shape (H, W).
 
     Rescale slope and intercept are applied, then the first VOI window or look-up table if there is one; without one
     the full range of the stored bits becomes [0, 1]. MONOCHROME1 (low values bright) is inverted.
 
+    Args:
+        path: The file.
+        max_pixels: A larger picture is refused by its header, before anything is decoded.
+
     Raises:
-        UserError: pydicom is not installed, the file is missing or damaged, holds colours or several frames.
+        UserError: pydicom is not installed, the file is missing, damaged or too large, holds colours or several frames.
     """
     if importlib.util.find_spec("pydicom") is None:
         raise UserError(str(path), "DICOM needs pydicom", 'Install it with: pip install "trilemma[dicom]"')
     from monai.data.image_reader import PydicomReader
 
+    # Remarks on the form of a header name no file. What matters in a header is checked here, with the file's name.
+    warnings.filterwarnings("ignore", module=r"pydicom\.(filereader|valuerep)")
     if not path.is_file():
         raise UserError(str(path), "does not exist", "Correct the path")
     try:
@@ -179,6 +186,9 @@ def read_dicom(path: Path) -> np.ndarray:
         file: Any = reader.read(str(path))
         if int(getattr(file, "NumberOfFrames", None) or 1) > 1 or int(getattr(file, "SamplesPerPixel", 1)) > 1:
             raise UserError(str(path), "holds colours or several frames", "Give grey 2-D pictures, one per file")
+        if int(file.Rows) * int(file.Columns) > max_pixels:
+            size = f"{file.Columns} x {file.Rows}"
+            raise UserError(str(path), f"has {size} pixels, more than {max_pixels}", "Scale it down first")
         if "ImageOrientationPatient" not in file or "ImagePositionPatient" not in file:
             # Radiographs have no place in the patient; MONAI would warn of it for every file.
             file.ImageOrientationPatient, file.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, 0]

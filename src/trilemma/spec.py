@@ -6,10 +6,11 @@ of the resolved spec, defaults included, so equal requests have equal names what
 
 import hashlib
 import json
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 KEY_VERSION = "s1"
 
@@ -19,10 +20,28 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        """Refuses true and false where a number is meant; Python would take them for 1 and 0."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if field and _has_bool(value) and not _mentions(field.annotation, bool):
+                raise ValueError(f"{name} takes neither true nor false")
+        return values
+
     @property
     def key(self) -> str:
         """Returns the content key of this spec."""
         return content_key(self.model_dump(mode="json"))
+
+
+def _mentions(annotation: Any, wanted: type) -> bool:
+    return annotation in (wanted, Any) or any(_mentions(argument, wanted) for argument in get_args(annotation))
+
+
+def _has_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_has_bool, value)))
 
 
 def content_key(*parts: Any) -> str:

@@ -1,6 +1,8 @@
 """DICOM files through MONAI's reader: rescale, windows, look-up tables, inversion."""
 
 import importlib.util
+import warnings
+from functools import partial
 
 import numpy as np
 import pydicom
@@ -10,10 +12,12 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from helpers.pictures import roots_of
-from trilemma.data.images import read_image
+from trilemma.data.images import MAX_PIXELS, read_image
 from trilemma.data.specs import Folder
 from trilemma.errors import UserError
 from trilemma.monai_bridge import read_dicom
+
+read = partial(read_dicom, max_pixels=MAX_PIXELS)
 
 PIXELS = np.arange(48, dtype=np.uint16).reshape(6, 8) * 80  # 0..3760, taller than it is stored wide
 
@@ -36,7 +40,7 @@ def write(path, pixels=PIXELS, **fields):
 
 
 def test_without_a_window_the_stored_bits_are_the_range(tmp_path):
-    image = read_dicom(write(tmp_path / "a.dcm"))
+    image = read(write(tmp_path / "a.dcm"))
     assert image.dtype == np.float32 and image.shape == (6, 8)
     np.testing.assert_allclose(image, PIXELS / 4095.0, atol=1e-6)
 
@@ -44,23 +48,23 @@ def test_without_a_window_the_stored_bits_are_the_range(tmp_path):
 def test_signed_values_and_rescale(tmp_path):
     signed = (PIXELS.astype(np.int16) - 2048).astype(np.int16)
     path = write(tmp_path / "a.dcm", signed, PixelRepresentation=1, RescaleSlope="2", RescaleIntercept="-5")
-    np.testing.assert_allclose(read_dicom(path), PIXELS / 4095.0, atol=1e-6)
+    np.testing.assert_allclose(read(path), PIXELS / 4095.0, atol=1e-6)
 
 
 def test_monochrome1_is_inverted(tmp_path):
     path = write(tmp_path / "a.dcm", PhotometricInterpretation="MONOCHROME1")
-    np.testing.assert_allclose(read_dicom(path), 1.0 - PIXELS / 4095.0, atol=1e-6)
+    np.testing.assert_allclose(read(path), 1.0 - PIXELS / 4095.0, atol=1e-6)
 
 
 def test_the_first_window_is_applied_as_the_standard_says(tmp_path):
     path = write(tmp_path / "a.dcm", WindowCenter=["2000", "1"], WindowWidth=["1001", "2"], RescaleSlope="1",
                  RescaleIntercept="100")  # fmt: skip
     expected = np.clip((PIXELS + 100 - 1999.5) / 1000 + 0.5, 0, 1)  # PS3.3 C.11.2.1.2.1
-    np.testing.assert_allclose(read_dicom(path), expected, atol=1e-6)
+    np.testing.assert_allclose(read(path), expected, atol=1e-6)
     path = write(tmp_path / "b.dcm", WindowCenter="2000", WindowWidth="800", VOILUTFunction="SIGMOID")
-    np.testing.assert_allclose(read_dicom(path), 1 / (1 + np.exp(-4 * (PIXELS - 2000.0) / 800)), atol=1e-5)
+    np.testing.assert_allclose(read(path), 1 / (1 + np.exp(-4 * (PIXELS - 2000.0) / 800)), atol=1e-5)
     path = write(tmp_path / "c.dcm", WindowCenter="2000", WindowWidth="800", VOILUTFunction="LINEAR_EXACT")
-    np.testing.assert_allclose(read_dicom(path), np.clip((PIXELS - 2000.0) / 800 + 0.5, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(read(path), np.clip((PIXELS - 2000.0) / 800 + 0.5, 0, 1), atol=1e-6)
 
 
 def test_windows_agree_with_pydicom(tmp_path):
@@ -68,7 +72,7 @@ def test_windows_agree_with_pydicom(tmp_path):
 
     path = write(tmp_path / "a.dcm", WindowCenter="1500", WindowWidth="1200")
     theirs = apply_windowing(PIXELS.astype(float), pydicom.dcmread(path)) / 4095.0
-    np.testing.assert_allclose(read_dicom(path), theirs, atol=1e-6)
+    np.testing.assert_allclose(read(path), theirs, atol=1e-6)
 
 
 def test_a_look_up_table_is_applied(tmp_path):
@@ -77,7 +81,7 @@ def test_a_look_up_table_is_applied(tmp_path):
     table.LUTData = (np.sqrt(np.arange(4096) / 4095.0) * 65535).astype(np.uint16).tobytes()
     table["LUTData"].VR = "OW"
     path = write(tmp_path / "a.dcm", VOILUTSequence=[table])
-    np.testing.assert_allclose(read_dicom(path), np.sqrt(PIXELS / 4095.0), atol=1e-4)
+    np.testing.assert_allclose(read(path), np.sqrt(PIXELS / 4095.0), atol=1e-4)
 
 
 def test_a_dicom_file_is_an_image_like_any_other(tmp_path):
@@ -108,12 +112,32 @@ def test_truncated_several_and_coloured_are_refused(tmp_path):
     path = write(tmp_path / "short.dcm")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="short.dcm"):
-        read_dicom(path)
+        read(path)
     path = write(tmp_path / "many.dcm", np.stack([PIXELS, PIXELS]), NumberOfFrames=2)
     with pytest.raises(UserError, match="several frames"):
-        read_dicom(path)
+        read(path)
     with pytest.raises(UserError, match="does not exist"):
-        read_dicom(tmp_path / "absent.dcm")
+        read(tmp_path / "absent.dcm")
+
+
+def test_a_damaged_file_is_told_of_once(tmp_path):
+    path = write(tmp_path / "bad.dcm")
+    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.1000x.1.2.1\0"))  # transfer syntax
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(UserError, match="bad.dcm"):
+            read(path)
+    assert [str(warning.message) for warning in said] == []
+
+
+def test_a_picture_too_large_is_refused_by_its_header(tmp_path):
+    path = write(tmp_path / "a.dcm")
+    assert read(path, max_pixels=48).shape == (6, 8)
+    with pytest.raises(UserError, match="a.dcm: has 8 x 6 pixels, more than 47"):
+        read(path, max_pixels=47)
+    path = write(tmp_path / "b.dcm", Rows=10_000, Columns=9_000)  # more than the file holds
+    with pytest.raises(UserError, match=f"b.dcm: has 9000 x 10000 pixels, more than {MAX_PIXELS}"):
+        read_image(path, 8, "grey")
 
 
 def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
@@ -123,4 +147,4 @@ def test_without_pydicom_the_extra_is_named(tmp_path, monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: None if name == "pydicom" else find(name, *rest)
     )
     with pytest.raises(UserError, match=r'pip install "trilemma\[dicom\]"'):
-        read_dicom(path)
+        read(path)

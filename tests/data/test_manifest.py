@@ -55,6 +55,19 @@ def test_numeric_classes_are_in_numeric_order(roots):
     assert data.classes == tuple(str(i) for i in range(11))
 
 
+def test_classes_and_sites_of_equal_number_have_one_order_in_every_process(roots):
+    """A set's order follows the process's hash seed, so what is equal as a number must differ in something else."""
+    names = [f"{'0' * (7 - i)}1" for i in range(8)]
+    rows = "".join(f"a/{i}.png,{names[i % 8]},{names[i // 5]}\n" for i in range(40))
+    data = load(roots, "path,label,site\n" + rows)
+    assert data.classes == data.sites == tuple(names)
+
+
+def test_a_label_of_more_digits_than_python_reads_is_a_name(roots):
+    rows = "".join(f"a/{i}.png,{('2', '1' * 5000)[i % 2]}\n" for i in range(40))
+    assert load(roots, "path,label\n" + rows).classes == ("1" * 5000, "2")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -157,6 +157,9 @@ def test_client_rows_count_and_admit_unknown_patients():
         {"kind": "quantity", "num_clients": 3, "alpha": 1, "sizes": [1, 1, 1]},
         {"kind": "quantity", "num_clients": 3, "sizes": [1, 1]},
         {"kind": "quantity", "num_clients": 2, "sizes": [1, -1]},
+        {"kind": "quantity", "num_clients": 2, "sizes": [1e308, 1e308]},  # their sum overflows
+        {"kind": "quantity", "num_clients": 2, "alpha": 1e308},
+        {"kind": "dirichlet", "num_clients": 2, "alpha": 1e308},
         {"kind": "by_sight", "num_clients": 2},
         {"kind": "iid", "num_clients": 2, "seed": 1},
     ],

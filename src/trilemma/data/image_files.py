@@ -1,6 +1,7 @@
 """From a list of image files to records: decoded once, in parallel, and cached."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +74,11 @@ def read_records(
 
 
 def _state(path: Path) -> tuple[int, int]:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that are no text can be opened, but neither shown nor stored
+        problem = f"is a path that is not {sys.getfilesystemencoding().upper()}"
+        raise UserError(str(path), problem, "Rename the file or the folder") from None
     try:
         state = path.stat()
     except OSError as error:

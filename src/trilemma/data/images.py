@@ -60,7 +60,7 @@ def read_image(path: Path, size: int, mode: str) -> np.ndarray:
         UserError: The file is missing, damaged, not one of the formats, too large, or holds several pictures.
     """
     if is_dicom(path):
-        return _finish_deep(read_dicom(path), size, mode)
+        return _finish_deep(read_dicom(path, MAX_PIXELS), size, mode)
     with _opened(path) as image:
         try:
             if image.format == "JPEG":

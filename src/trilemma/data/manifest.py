@@ -138,4 +138,7 @@ def _below(folder: Path, text: str, where: str) -> Path:
 
 
 def _in_order(names: set[str]) -> list[str]:
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    # The name too, since "1" and "01" are two names of one number, and a set has no order of its own. Python reads no
+    # number of more than 4300 digits.
+    whole = all(name.isdecimal() and len(name) <= 4300 for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if whole else sorted(names)

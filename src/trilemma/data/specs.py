@@ -23,6 +23,7 @@ Size = Annotated[int, Field(ge=8, le=1024)]
 Mode = Literal["grey", "rgb"]
 Fraction = Annotated[float, Field(gt=0, le=0.5)]
 NumClients = Annotated[int, Field(ge=1, le=10_000)]
+Share = Annotated[float, Field(gt=0, le=1e9)]  # far below where sums overflow, far above where it says anything
 Divide = Callable[[Dataset, int], Partition]
 
 
@@ -289,7 +290,7 @@ class Dirichlet(Spec):
 
     kind: Literal["dirichlet"] = "dirichlet"
     num_clients: NumClients
-    alpha: Annotated[float, Field(gt=0)]
+    alpha: Share
 
     @property
     def label(self) -> str:
@@ -312,8 +313,8 @@ class Quantity(Spec):
 
     kind: Literal["quantity"] = "quantity"
     num_clients: NumClients
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    sizes: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    alpha: Share | None = None
+    sizes: tuple[Share, ...] | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> "Quantity":

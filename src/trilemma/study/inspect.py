@@ -55,7 +55,7 @@ def _matches(key: str, wanted: str) -> bool:
 
 
 def _show_run(store: Store, run: RunRow, console: Console) -> None:
-    console.print(f"[bold]training {run.key}[/bold]", highlight=False)
+    console.print(Text(f"training {run.key}", style="bold"))
     console.print_json(json.dumps(run.spec))
     table = Table(title="History")
     columns = ("round", "loss", "val_accuracy", "bytes_up", "bytes_down", "seconds")
@@ -74,7 +74,7 @@ def _show_run(store: Store, run: RunRow, console: Console) -> None:
 
 
 def _show_artefact(store: Store, artefact: ArtefactRow, console: Console) -> None:
-    console.print(f"[bold]artefact {artefact.key}[/bold] of training {artefact.run_key}", highlight=False)
+    console.print(Text.assemble((f"artefact {artefact.key}", "bold"), f" of training {artefact.run_key}"))
     console.print_json(json.dumps(artefact.compression))
     size = f"{artefact.file_bytes} bytes, {artefact.sparsity:.1%} of the weights are zero"
     console.print(f"{size}\nfile: {store.files.model(artefact.key)}", highlight=False, soft_wrap=True)

@@ -66,6 +66,10 @@ class Workplace:
     def enter(self) -> None:
         """Sets this process up for a job: threads, and the same sums on every run."""
         torch.set_num_threads(self.threads)
+        if self.device == "cuda":
+            # Read when cuBLAS starts, so before the first product on the GPU; without it matrix products may differ
+            # from run to run (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.device == "cuda", warn_only=True)
         torch.backends.cudnn.benchmark = False
 
