@@ -19,6 +19,17 @@ def test_a_file_is_written_and_replaced_whole(tmp_path):
     assert names_in(path.parent) == ["file.bin"]
 
 
+def test_name_and_content_are_on_the_disk_before_it_returns(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "file.bin", []
+
+    def fsync(descriptor):
+        flushed.append((os.fstat(descriptor).st_ino, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic_write(path, b"new")
+    assert flushed == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
 @pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "Free some space"), (errno.EACCES, "may be written to")])
 @pytest.mark.parametrize("when", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_older_file(tmp_path, monkeypatch, number, remedy, when):

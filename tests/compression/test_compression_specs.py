@@ -24,6 +24,7 @@ def test_a_kind_selects_its_class():
         {"kind": "prune", "sparsity": 0},
         {"kind": "prune", "sparsity": 1},
         {"kind": "int8", "num_calibration": 0},
+        {"kind": "int8", "num_calibration": 100_001},
         {"kind": "int8", "calibration": "test"},
         {"kind": "int8", "bits": 4},
     ],

@@ -18,7 +18,7 @@ from trilemma.results import DataFacts, Example
 from trilemma.study.lineage import Lineage
 from trilemma.study.migrations import MIGRATIONS
 from trilemma.study.rows import ArtefactRow, EvaluationRow, RunRow
-from trilemma.study.store import Store
+from trilemma.study.store import Refused, Store
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "store_schema.sql"
 RUN = RunRow("s1:run", {"seed": 0}, [{"round": 1}], NO_PRIVACY, {"device": "cpu"}, "print", 1.5, 10, 20)
@@ -158,6 +158,7 @@ def test_a_full_disk_keeps_what_was_stored(store, tmp_path):
     with pytest.raises(Failure, match="full") as caught:
         store.add_evaluations([evaluation("s1:small"), evaluation("s1:large", outcomes=[large])])
     assert "Free some space" in caught.value.remedy and caught.value.exit_code == 1
+    assert not isinstance(caught.value, Refused)  # no other row would fare better
     assert store.keys("evaluations") == {"s1:eval"}  # all or none
     store._db.execute("PRAGMA max_page_count = 100000")
     store.add_evaluations([evaluation("s1:large", outcomes=[large])])
@@ -232,11 +233,11 @@ def test_rows_come_back_as_they_were(store):
 
 
 def test_nothing_is_stored_of_what_is_not_there(store, tmp_path):
-    with pytest.raises(Failure, match="FOREIGN KEY"):
+    with pytest.raises(Refused, match="FOREIGN KEY"):
         store.add_artefact(ArtefactRow("s1:b", "s1:none", {}, 1, 0.0, NO_PRIVACY, 0.1))
-    with pytest.raises(Failure, match="UNIQUE"):
+    with pytest.raises(Refused, match="UNIQUE"):
         store.add_run(RUN)
-    with pytest.raises(ValueError, match="JSON"):  # NaN in a history is a defect, and not stored
+    with pytest.raises(Refused, match="JSON"):  # NaN in a history is a defect, and not stored
         store.add_run(RunRow("s1:x", {}, [{"loss": float("nan")}], NO_PRIVACY, {}, "", 0.0, 0, 0))
     assert len(rows_of(tmp_path / "store")["artefacts"]) == 1 and store.keys("runs") == {"s1:run"}
 

@@ -85,12 +85,12 @@ class Int8(Spec):
     Attributes:
         calibration: Whose images set the activation ranges: "public" (phantoms), "train" or "val". The last two are
             private: the ranges are raw extrema of private activations, so a privacy guarantee is void.
-        num_calibration: Number of calibration images, at least 1.
+        num_calibration: Number of calibration images, from 1 to 100000.
     """
 
     kind: Literal["int8"] = "int8"
     calibration: Literal["public", "train", "val"] = "public"
-    num_calibration: int = Field(default=256, ge=1)
+    num_calibration: int = Field(default=256, ge=1, le=100_000)
 
     @property
     def label(self) -> str:

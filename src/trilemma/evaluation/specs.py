@@ -154,7 +154,8 @@ class PgdAttack(_Attack):
 class Transfer(_Attack):
     """PGD made on every other artefact of the same data and seed, judged on this one.
 
-    The black-box attack of Usynin et al. (2022), on the whole test set.
+    The black-box attack of Usynin et al. (2022), on the whole test set. The worst of them over all other trainings
+    counts as one evaluation, which is undefined where a study has only one training of the data and seed.
 
     Attributes:
         norm: "linf" or "l2".
@@ -198,6 +199,8 @@ AttackSpec = Annotated[FgsmAttack | PgdAttack | Transfer, Field(discriminator="k
 
 class AllAtOnce(Spec):
     """The worst of several attacks for every single image: it counts as robust only if it withstands all of them.
+
+    Undefined where one of them is: a transfer in a study with only one training of the data and seed.
 
     Attributes:
         attacks: At least two attacks with the same norm and the same radii.

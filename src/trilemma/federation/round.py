@@ -111,7 +111,8 @@ def watch(classifier: Classifier, records: Records, batch_size: int = 256) -> di
         chosen = slice(start, start + batch_size)
         y_B = records.y(chosen).to(classifier.device)
         logits_BK = classifier(records.x(chosen).to(classifier.device))
-        correct += int((logits_BK.argmax(1) == y_B).sum())
+        right_B = (logits_BK.argmax(1) == y_B) & logits_BK.isfinite().all(1)  # no number is no answer
+        correct += int(right_B.sum())
         loss += float(torch.nn.functional.cross_entropy(logits_BK, y_B, reduction="sum"))
     return {"val_accuracy": correct / len(records), "val_loss": mean_loss([loss / len(records)])}
 

@@ -161,13 +161,14 @@ class FedAvg(Spec):
 
     Attributes:
         weights: Of the clients' updates: "equal" (the default, with and without DP), "records" by their number of
-            records (McMahan's choice), or public numbers, one for each client. Under DP: "equal" or public numbers.
+            records (McMahan's choice), or public numbers from 1e-6 to 1e6, one for each client. Under DP: "equal" or
+            public numbers.
         clients_per_round: How many take part in a round, drawn at random; all by default. Under DP with unit "client":
             how many are expected to, for each is drawn independently of the others.
     """
 
     kind: Literal["fedavg"] = "fedavg"
-    weights: Literal["records", "equal"] | tuple[Annotated[float, Field(gt=0)], ...] = "equal"
+    weights: Literal["records", "equal"] | tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] = "equal"
     clients_per_round: int | None = Field(default=None, ge=1)
 
     @property

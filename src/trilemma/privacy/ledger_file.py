@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from trilemma.atomic import cannot_write
+from trilemma.atomic import cannot_write, flush_folder
 from trilemma.errors import Failure, UserError
 from trilemma.privacy.guarantee import DpEvent, Unit
 
@@ -153,7 +153,7 @@ def create_file(path: Path, terms: Terms) -> None:
         raise cannot_write(path, error) from error
     try:
         append(file, path, None, terms)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except BaseException:
         with suppress(OSError):  # nothing can have been booked in it
             path.unlink()
@@ -319,12 +319,3 @@ def _refuse_newer(version: Any, path: Path) -> None:
 
 def _cannot_read(path: Path, error: OSError) -> Failure:
     return Failure(str(path), f"could not be read ({error.strerror})", "Check that it is a file and may be read")
-
-
-def _flush_folder(folder: Path) -> None:
-    """Brings a new file's name to the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,10 @@
 """From the store to what a report reads: the results of one study, and what is missing of it."""
 
+from trilemma.evaluation.estimates import undefined
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.specs import AllAtOnce, Transfer
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
-from trilemma.study.combine import combined_key, pair_keys, part_keys
+from trilemma.study.combine import combined_key, pair_keys, why_undefined
 from trilemma.study.facts import facts_key, public_data, public_key
 from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell, Plan, Training
@@ -89,19 +90,26 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
     for spec in plan.evaluations:
         combined = isinstance(spec, (Transfer, AllAtOnce))
         keys = [] if combined else [evaluation_key(cell.key, spec)]
-        if combined and part_keys(plan, cell, spec):  # a study of one training has nothing to transfer from
+        measurements: tuple[Measurement, ...] = ()
+        if combined and (reason := why_undefined(plan, cell, spec)):
+            measurements = _undefined(spec, reason)
+        elif combined:
             keys = [combined_key(plan, cell, spec)]
         keys += pair_keys(plan, cell, spec) if isinstance(spec, Transfer) else []
         rows = [row for key in keys if (row := store.evaluation(key))]
         if len(rows) < len(keys):
             missing.append(f"{spec.label} of {_place(cell)}")
-        if not rows:
+        if not rows and not measurements:
             continue
-        measurements: tuple[Measurement, ...] = sum((row.measurements for row in rows), ())
+        measurements += tuple(measurement for row in rows for measurement in row.measurements)
         seconds = sum(row.seconds for row in rows)
         shown = Evaluated(cell.key, spec.label, spec.kind, measurements, seconds)
         found.append((shown, tuple(example for row in rows for example in row.examples)))
     return found
+
+
+def _undefined(spec: Transfer | AllAtOnce, reason: str) -> tuple[Measurement, ...]:
+    return tuple(undefined("robust_accuracy", reason)._replace(radius=radius) for radius in spec.radii)
 
 
 def _known(store: Store, keys: list[str]) -> tuple[DataFacts, ...]:

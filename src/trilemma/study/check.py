@@ -11,11 +11,12 @@ from trilemma.data.records import Dataset, Partition
 from trilemma.data.roots import DataRoots
 from trilemma.data.summary import client_rows
 from trilemma.evaluation.specs import AllAtOnce, Transfer
-from trilemma.study.combine import combined_key, part_keys
+from trilemma.study.combine import combined_key, undefined_evaluations, why_undefined
 from trilemma.study.facts import facts_key, prepare_all, public_data
 from trilemma.study.keys import evaluation_key
 from trilemma.study.ledgers import check_books
 from trilemma.study.plan import Plan, Training, without_guarantee
+from trilemma.study.progress import READING, Progress
 from trilemma.study.rows import RunRow
 from trilemma.study.store import Store
 from trilemma.study.workplace import Books, Workplace
@@ -30,7 +31,7 @@ def check_study(
     device: str = "cpu",
     threads: int = 1,
 ) -> None:
-    """Prints the study's size, what of it is stored, its data and what can carry no guarantee.
+    """Prints the study's size, what of it is stored, its data, what cannot be measured and what has no guarantee.
 
     Args:
         plan: The study's cells.
@@ -46,17 +47,22 @@ def check_study(
     """
     books = Books(ledgers, plan.study.name) if ledgers else None
     place = Workplace(folder, roots, device, threads, 0, books)
-    prepare_all(plan, place)
+    with Progress(console).waiting(READING):
+        prepare_all(plan, place)
     show_data(plan, roots, console)
     console.print(_size_table(plan, folder))
+    _print_phrases("\nCannot be measured:", undefined_evaluations(plan), console)
     if books is not None:
         check_books(plan, _runs(plan, folder), place)
         console.print("\nThe hospitals' budget books allow all of it.")
-    reasons = dict.fromkeys(without_guarantee(plan))
-    if reasons:
-        console.print("\nNo guarantee can be given for:")
-        for reason in reasons:
-            console.print(f"  {reason}", highlight=False, markup=False)
+    _print_phrases("\nNo guarantee can be given for:", list(dict.fromkeys(without_guarantee(plan))), console)
+
+
+def _print_phrases(title: str, phrases: list[str], console: Console) -> None:
+    if phrases:
+        console.print(title)
+        for phrase in phrases:
+            console.print(f"  {phrase}", highlight=False, markup=False)
 
 
 def show_data(plan: Plan, roots: DataRoots, console: Console) -> None:
@@ -109,7 +115,7 @@ def _size_table(plan: Plan, folder: Path) -> Table:
         combined_key(plan, cell, spec) if isinstance(spec, (Transfer, AllAtOnce)) else evaluation_key(cell.key, spec)
         for cell in plan.cells
         for spec in plan.evaluations
-        if not isinstance(spec, (Transfer, AllAtOnce)) or part_keys(plan, cell, spec)
+        if not why_undefined(plan, cell, spec)
     ]
     table = Table(title=f"Study '{plan.study.name}'")
     for name in ("", "asked for", "in the store", "to do"):

@@ -8,7 +8,7 @@ import numpy as np
 
 from trilemma.evaluation.measurement import Outcome
 from trilemma.evaluation.robustness import robust_measurements, worst_logits
-from trilemma.evaluation.specs import AllAtOnce, Clean, FgsmAttack, PgdAttack, Transfer
+from trilemma.evaluation.specs import AllAtOnce, Clean, EvaluationSpec, FgsmAttack, PgdAttack, Transfer
 from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell, Plan
 from trilemma.study.provenance import provenance
@@ -18,7 +18,7 @@ from trilemma.study.workplace import Workplace
 
 
 def combine(plan: Plan, store: Store, place: Workplace) -> Iterator[list[EvaluationRow]]:
-    """Yields the combined evaluations that are missing and whose parts are all stored."""
+    """Yields the combined evaluations that are missing and whose parts are all there and stored."""
     transfers = [spec for spec in plan.evaluations if isinstance(spec, Transfer)]
     together = [spec for spec in plan.evaluations if isinstance(spec, AllAtOnce)]
     done = store.keys("evaluations")
@@ -26,9 +26,29 @@ def combine(plan: Plan, store: Store, place: Workplace) -> Iterator[list[Evaluat
         for spec in [*transfers, *together]:
             key = combined_key(plan, cell, spec)
             parts = part_keys(plan, cell, spec)
-            if key not in done and parts and all(part in done for part in parts):
+            if key not in done and not why_undefined(plan, cell, spec) and all(part in done for part in parts):
                 yield [_combined(store, place, cell, spec, key, parts)]
                 done.add(key)
+
+
+def why_undefined(plan: Plan, cell: Cell, spec: EvaluationSpec) -> str:
+    """Returns why a study cannot measure an evaluation of an artefact, or "" where it can."""
+    parts = spec.attacks if isinstance(spec, AllAtOnce) else (spec,)
+    if any(isinstance(part, Transfer) for part in parts) and not plan.strangers(cell):
+        return "the study has no other training of this data and seed from which an attack could be transferred"
+    return ""
+
+
+def undefined_evaluations(plan: Plan) -> list[str]:
+    """Returns what a study asks for and cannot measure, one phrase for each configuration and evaluation."""
+    return list(
+        dict.fromkeys(
+            f"{spec.label} of {cell.training.configuration}: {reason}"
+            for cell in plan.cells
+            for spec in plan.evaluations
+            if (reason := why_undefined(plan, cell, spec))
+        )
+    )
 
 
 def combined_key(plan: Plan, cell: Cell, spec: Transfer | AllAtOnce) -> str:

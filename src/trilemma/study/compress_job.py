@@ -3,6 +3,7 @@
 import time
 
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from trilemma.atomic import atomic_write
 from trilemma.compression.export import export_onnx
@@ -50,15 +51,16 @@ def compress_job(place: Workplace, cell: Cell, claimed: Guarantee) -> ArtefactRo
 def calibration_images(spec: CompressionSpec, place: Workplace, dataset: Dataset, seed: int) -> Tensor | None:
     """Returns the images that a compression looks at, drawn by the seed, or None where it looks at none.
 
-    "public" images are phantoms of the data's size: they exist for everybody and cost no privacy.
+    "public" images are phantoms of the data's size: they exist for everybody and cost no privacy. Smaller ones than
+    can be drawn are area means of the smallest.
     """
     if not spec.needs_calibration:
         return None
     split = getattr(spec, "calibration", "public")
     count = getattr(spec, "num_calibration", 256)
     if split == "public":
-        phantoms = Phantom(size=dataset.image_size, train=max(count, 16)).load(place.roots)
-        x_BCHW = phantoms.train.x(slice(0, count))
+        phantoms = Phantom(size=max(dataset.image_size, 16), train=max(count, 16)).load(place.roots)
+        x_BCHW = adaptive_avg_pool2d(phantoms.train.x(slice(0, count)), dataset.image_size)
         return x_BCHW.expand(-1, dataset.channels, -1, -1).contiguous()
     records = dataset.train if split == "train" else dataset.val
     order = numpy_generator(seed, "calibration").permutation(len(records))[:count]

@@ -10,15 +10,15 @@ from typing import Any
 
 from trilemma.errors import TrilemmaError
 from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
-from trilemma.study.combine import combine
+from trilemma.study.combine import combine, undefined_evaluations
 from trilemma.study.compress_job import compress_job
 from trilemma.study.evaluate_job import Attack, attack_job, clean_job, cost_job
 from trilemma.study.facts import preflight
 from trilemma.study.keys import evaluation_key
 from trilemma.study.ledgers import book_stored, check_books
 from trilemma.study.plan import Cell, Plan
-from trilemma.study.progress import Progress
-from trilemma.study.store import Store
+from trilemma.study.progress import READING, Progress
+from trilemma.study.store import Refused, Store
 from trilemma.study.train_job import train_job
 from trilemma.study.work import Failed, Job, run_jobs
 from trilemma.study.workplace import Workplace
@@ -50,7 +50,10 @@ class Engine:
                 not allow it.
             Failure: At the end, if some jobs failed; everything else is stored.
         """
-        preflight(self.plan, self.store, self.place)
+        with self.progress.waiting(READING):
+            preflight(self.plan, self.store, self.place)
+        for phrase in undefined_evaluations(self.plan):
+            self.progress.note(f"cannot be measured: {phrase}")
         if self.place.books is not None:
             rows = self.store.runs(training.key for training in self.plan.trainings)
             for key, lineage in book_stored(check_books(self.plan, rows, self.place), rows):
@@ -61,7 +64,7 @@ class Engine:
         failed += self._stage("clean metrics", self._cleans(), lambda row: self.store.add_evaluations([row]))
         failed += self._stage("attacking", self._attacks(), self.store.add_evaluations)
         for rows in combine(self.plan, self.store, self.place):
-            self.store.add_evaluations(rows)
+            failed += self._kept("combine", self.store.add_evaluations, rows)
         alone = replace(self, num_processes=1)
         failed += alone._stage("latency", self._costs(), lambda row: self.store.add_evaluations([row]))
         if failed:
@@ -76,9 +79,23 @@ class Engine:
                     failed.append(result.error)
                     self.progress.failed(result.error)
                 else:
-                    keep(result)
+                    failed += self._kept(job.title, keep, result)
                 self.progress.ended(job)
         return failed
+
+    def _kept(self, title: str, keep: Callable[[Any], None], result: Any) -> list[TrilemmaError]:
+        """Stores a result, and returns the error of one that the store does not take; the others go on.
+
+        Raises:
+            Failure: If the store takes none any more, on a full disk for example.
+        """
+        try:
+            keep(result)
+        except Refused as refused:
+            error = Refused(f"{title}: {refused.where}", refused.problem, refused.remedy)
+            self.progress.failed(error)
+            return [error]
+        return []
 
     def _store_run(self, row: Any) -> None:
         self.store.add_run(row)

@@ -13,6 +13,7 @@ from trilemma.evaluation.clean import clean_measurements
 from trilemma.evaluation.cost import cost_measurements
 from trilemma.evaluation.harness import Target, agreement_measurements, attack_images, attacked_logits, clean_logits
 from trilemma.evaluation.measurement import Measurement, Outcome
+from trilemma.evaluation.metrics import predictions
 from trilemma.evaluation.robustness import robust_measurements
 from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
 from trilemma.results import Example
@@ -142,9 +143,12 @@ def _row(
 
 
 def _examples(place: Workplace, attack: Attack, source: Target, dataset: Dataset) -> list[Example]:
-    """Returns images for the report: of each class the first that the model answers rightly, at the largest radius."""
+    """Returns images for the report: of each class the first that the model answers rightly, at the largest radius.
+
+    None whose answers are not finite, before or under attack: they have no confidence to show.
+    """
     clean_NK, budget = attack.clean[attack.source.key], attack.spec.budgets[-1]
-    right_N = clean_NK.argmax(1) == dataset.test.labels_N
+    right_N = (predictions(clean_NK) == dataset.test.labels_N) & np.isfinite(clean_NK).all(1)
     firsts = [np.flatnonzero(right_N & (dataset.test.labels_N == label))[:1] for label in range(len(dataset.classes))]
     chosen = np.concatenate(firsts)[:NUM_EXAMPLES].astype(int)
     if not len(chosen):
@@ -156,6 +160,7 @@ def _examples(place: Workplace, attack: Attack, source: Target, dataset: Dataset
     return [
         _example(attack, budget, dataset, x_BCHW[i], x_adv_BCHW[i], torch.from_numpy(clean_NK[n]), adversarial_BK[i], n)
         for i, n in enumerate(chosen)
+        if bool(adversarial_BK[i].isfinite().all())
     ]
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +17,12 @@ from trilemma.study.work import Job
 
 #: Seconds between two looks at how far the trainings are.
 LOOK_SECONDS = 0.5
+
+#: Seconds that something may take before the user is told of it.
+PATIENCE_SECONDS = 2.0
+
+#: What is waited for before the first training.
+READING = "preparing the images"
 
 
 class Progress:
@@ -63,6 +69,21 @@ class Progress:
                 stop.set()
                 watcher.join()
                 bars.update(task, completed=self._done(jobs, files))
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Says what is being done, where that takes longer than a moment."""
+        timer = Timer(PATIENCE_SECONDS, self.note, (what,))
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def note(self, text: str) -> None:
+        """Tells what the user should know."""
+        if not self._quiet:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def ended(self, job: Job) -> None:
         """Counts a job as ended."""

@@ -25,6 +25,10 @@ from trilemma.study.migrations import MIGRATIONS
 from trilemma.study.rows import ArtefactRow, EvaluationRow, RunRow
 
 
+class Refused(Failure):
+    """The store is sound, but a piece of work holds what it cannot take: that one is lost and no other."""
+
+
 class Store:
     """An open store; use it as a context manager.
 
@@ -123,13 +127,14 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
-            raise self._failure(error) from error
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            if isinstance(error, (sqlite3.IntegrityError, ValueError)):
+                problem = f"a number or text that was found cannot be stored ({error})"
+                raise Refused(str(self._path), problem, "Please report this; everything else is stored") from error
+            if isinstance(error, sqlite3.Error):
+                raise self._failure(error) from error
             raise
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -253,19 +258,19 @@ class Store:
 
     def add_run(self, row: RunRow) -> None:
         """Stores a training."""
-        values = (
-            row.key,
-            _json(row.spec),
-            _json(row.history),
-            row.guarantee.model_dump_json(),
-            _json(row.provenance),
-            row.fingerprint,
-            row.seconds,
-            row.peak_memory_bytes,
-            row.num_parameters,
-            row.lineage.text(),
-        )
         with self._transaction():
+            values = (
+                row.key,
+                _json(row.spec),
+                _json(row.history),
+                row.guarantee.model_dump_json(),
+                _json(row.provenance),
+                row.fingerprint,
+                row.seconds,
+                row.peak_memory_bytes,
+                row.num_parameters,
+                row.lineage.text(),
+            )
             self._insert("runs", values)
 
     def note_lineage(self, key: str, lineage: Lineage) -> None:
@@ -276,8 +281,8 @@ class Store:
     def add_artefact(self, row: ArtefactRow) -> None:
         """Stores an artefact."""
         claimed = row.guarantee.model_dump_json()
-        values = (row.key, row.run_key, _json(row.compression), row.file_bytes, row.sparsity, claimed, row.seconds)
         with self._transaction():
+            values = (row.key, row.run_key, _json(row.compression), row.file_bytes, row.sparsity, claimed, row.seconds)
             self._insert("artefacts", values)
 
     def add_evaluations(self, rows: list[EvaluationRow]) -> None:

@@ -1,0 +1,41 @@
+"""What a compression looks at: images that fit the model, however small."""
+
+import os
+
+import numpy as np
+import pytest
+
+from helpers.pictures import write_images
+from helpers.tiny_study import SMALLEST, plan_of, run_plan, write_study
+from trilemma.compression.specs import Int8
+from trilemma.data.specs import Phantom
+from trilemma.study.compress_job import calibration_images
+from trilemma.study.store import Store
+from trilemma.study.workplace import Workplace
+
+INT8 = '\n[[compressions]]\nkind = "int8"\nnum_calibration = 16\n'
+
+
+@pytest.mark.parametrize("size", [8, 11])
+def test_models_of_images_smaller_than_phantoms_are_calibrated(roots, tmp_path, size):
+    names = [f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in ("a", "b") for i in range(8)]
+    write_images(tmp_path / "images", names)
+    data = f'base.data={{kind="folder", path="{tmp_path}/images", size={size}, mode="rgb"}}'
+    plan = plan_of(write_study(tmp_path, SMALLEST.replace('"by_site"', '"iid"') + INT8), data)
+    run_plan(plan, tmp_path / "store", roots)
+    with Store(tmp_path / "store") as store:
+        assert store.keys("artefacts") == {plan.cells[0].key}
+    place = Workplace(tmp_path / "store", roots, "cpu", 1, os.getpid())
+    x_BCHW = calibration_images(Int8(num_calibration=5), place, place.dataset(plan.trainings[0].spec.data), 0)
+    phantoms = Phantom(size=16, train=16).load(roots).train.x(slice(0, 5)).numpy()
+    assert x_BCHW is not None and x_BCHW.shape == (5, 3, size, size)
+    if size == 8:  # each pixel the mean of four
+        means = phantoms.reshape(5, 1, 8, 2, 8, 2).mean((3, 5))
+        np.testing.assert_allclose(x_BCHW.numpy(), np.repeat(means, 3, 1), atol=1e-6)
+
+
+def test_larger_phantoms_are_taken_as_they_are(roots, tmp_path):
+    place, dataset = Workplace(tmp_path, roots, "cpu", 1, os.getpid()), Phantom(size=20, train=18).load(roots)
+    x_BCHW = calibration_images(Int8(num_calibration=5), place, dataset, 0)
+    assert x_BCHW is not None
+    np.testing.assert_array_equal(x_BCHW.numpy(), Phantom(size=20, train=16).load(roots).train.x(slice(0, 5)).numpy())
