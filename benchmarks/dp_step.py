@@ -1,7 +1,7 @@
 """What privacy costs: one DP-SGD step (clipped gradient sum) over a plain gradient of the same batch.
 
-Ours, the three modes of Opacus and `torch.func`, interleaved. Memory is what a fresh process needs for a step beyond
-what it held before.
+Ours in float32 and in bfloat16, the three modes of Opacus and `torch.func`, interleaved. Memory is what a fresh process
+needs for a step beyond what it held before.
 """
 
 import warnings
@@ -45,17 +45,28 @@ def network(case: str) -> tuple[Classifier, torch.Tensor, torch.Tensor]:
     return spec.make(1, size, CLASSES, seed=0), x_BCHW, torch.randint(CLASSES, (BATCH,), generator=draws)
 
 
-def plain(case: str) -> Callable[[], object]:
+def plain(case: str, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     """Returns a gradient of the mean loss."""
     classifier, x_BCHW, y_B = network(case)
     trainable = list(classifier.parameters())
-    return lambda: torch.autograd.grad(nn.functional.cross_entropy(classifier(x_BCHW), y_B), trainable)
+
+    def step() -> None:
+        with classifier.computing_in(dtype):
+            loss = nn.functional.cross_entropy(classifier(x_BCHW), y_B)
+        torch.autograd.grad(loss, trainable)
+
+    return step
 
 
-def ours(case: str) -> Callable[[], object]:
+def ours(case: str, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     """Returns a step of the fast engine."""
     classifier, x_BCHW, y_B = network(case)
-    return lambda: bookkeeping.clipped_gradient_sum(classifier, mean_cross_entropy, x_BCHW[:, None], y_B, Flat(CLIP))
+
+    def step() -> None:
+        with classifier.computing_in(dtype):
+            bookkeeping.clipped_gradient_sum(classifier, mean_cross_entropy, x_BCHW[:, None], y_B, Flat(CLIP))
+
+    return step
 
 
 def torch_func(case: str) -> Callable[[], object]:
@@ -101,7 +112,9 @@ def opacus_ghost(case: str) -> Callable[[], object]:
 
 ENGINES: dict[str, Callable[[str], Callable[[], object]]] = {
     "plain": plain,
+    "plain-bfloat16": lambda case: plain(case, torch.bfloat16),
     "trilemma": ours,
+    "trilemma-bfloat16": lambda case: ours(case, torch.bfloat16),
     "torch-func": torch_func,
     "opacus-hooks": lambda case: opacus_per_sample(case, GradSampleModule),
     "opacus-ew": lambda case: opacus_per_sample(case, GradSampleModuleExpandedWeights),
