@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reference.naive_clipping import clipped_sum
+from trilemma.federation import units
 from trilemma.federation.units import mean_over_images, patients, unit_gradient_sum
 from trilemma.models.classifier import Classifier
 from trilemma.privacy.clipping_rules import Automatic, Flat, PerLayer
@@ -70,6 +71,19 @@ def test_no_patient_moves_the_sum_by_more_than_the_clip(kind, sizes, clip, seed)
     whole = summed(kind(clip), (x, y), sizes).sum_P
     without = summed(kind(clip), (x[sizes[0] :], y[sizes[0] :]), sizes[1:]).sum_P
     assert float((whole - without).norm()) <= clip * (1 + 1e-4) + 1e-6
+
+
+@pytest.mark.parametrize("kind", [Flat, PerLayer, Automatic])
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_unit_of_very_many_images_is_added_up_and_clipped_as_one(kind, views, monkeypatch):
+    sizes = [1, 5, 7, 5]
+    x, y = images(sum(sizes), views)
+    whole = summed(kind(0.5), (x, y), sizes)
+    monkeypatch.setattr(units, "IMAGES_TOGETHER", 4)
+    parts = summed(kind(0.5), (x, y), sizes)
+    torch.testing.assert_close(parts.sum_P, whole.sum_P, rtol=1e-4, atol=1e-6)
+    for field in ("norms_B", "losses_B", "norms_BG"):
+        torch.testing.assert_close(getattr(parts, field), getattr(whole, field), rtol=1e-4, atol=1e-6)
 
 
 def test_clipping_images_one_by_one_would_let_a_patient_move_it_further():

@@ -13,6 +13,9 @@ from trilemma.privacy.plan import PrivacyPlan
 #: The positions of each unit's records.
 Units = tuple[np.ndarray, ...]
 
+#: Images of one unit, with their views, that the gradient engine takes at once; a larger unit's gradient is added up.
+IMAGES_TOGETHER = 64
+
 
 def patients(patients_N: np.ndarray) -> Units:
     """Returns the records of each patient, ascending, patients in the order of their codes; all must be known."""
@@ -31,7 +34,8 @@ def unit_gradient_sum(
 ) -> ClippedSum:
     """Returns the sum of clipped gradients, one of each unit, whose loss is the mean of its images' losses.
 
-    Units with equally many images go to the gradient engine together, and the sums are added.
+    Units with equally many images go to the gradient engine together, and the sums are added. A unit with very many
+    images goes alone, part by part, so that memory stays bounded whatever a patient brings along.
 
     Args:
         plan: Clips.
@@ -48,12 +52,34 @@ def unit_gradient_sum(
     total_P, rest = x_IVCHW.new_zeros(()), []  # a running sum: each is as large as the model
     for size in sorted(set(sizes_U)):
         first_B = starts_U[np.asarray(sizes_U) == size]
-        index_BS = torch.from_numpy(first_B[:, None] + np.arange(size)).to(y_I.device)
-        x_BWCHW = x_IVCHW[index_BS].flatten(1, 2)
-        sum_P, *numbers = plan.gradient_sum(classifier, mean_over_images(loss), x_BWCHW, y_I[index_BS], clip)
-        total_P = total_P + sum_P
-        rest.append(numbers)
+        if size * x_IVCHW.shape[1] > IMAGES_TOGETHER:
+            units = [slice(first, first + size) for first in first_B]
+            sums = [_large_unit(plan, classifier, loss, (x_IVCHW[unit], y_I[unit]), clip) for unit in units]
+        else:
+            index_BS = torch.from_numpy(first_B[:, None] + np.arange(size)).to(y_I.device)
+            x_BWCHW = x_IVCHW[index_BS].flatten(1, 2)
+            sums = [plan.gradient_sum(classifier, mean_over_images(loss), x_BWCHW, y_I[index_BS], clip)]
+        for sum_P, *numbers in sums:
+            total_P = total_P + sum_P
+            rest.append(numbers)
     return ClippedSum(total_P, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
+
+
+def _large_unit(
+    plan: PrivacyPlan, classifier: Classifier, loss: RecordLoss, views: tuple[Tensor, Tensor], clip: float | None
+) -> ClippedSum:
+    """Returns the clipped gradient of one unit, added up over parts of its images and clipped as a whole."""
+    x_SVCHW, y_S = views
+    trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    part = max(1, IMAGES_TOGETHER // x_SVCHW.shape[1])
+    gradient_P, total = torch.zeros(sum(map(torch.numel, trainable)), device=y_S.device), x_SVCHW.new_zeros(())
+    for x_IVCHW, y_I in zip(x_SVCHW.split(part), y_S.split(part), strict=True):
+        logits_IVK = classifier(x_IVCHW.flatten(0, 1)).unflatten(0, x_IVCHW.shape[:2])
+        losses = loss(logits_IVK, y_I).sum() / len(y_S)
+        gradients = torch.autograd.grad(losses, trainable, allow_unused=True, materialize_grads=True)
+        gradient_P += torch.cat([gradient.flatten() for gradient in gradients])
+        total += losses.detach()
+    return plan.clipped_alone(gradient_P, total, classifier, clip)
 
 
 def mean_over_images(loss: RecordLoss) -> RecordLoss:

@@ -99,10 +99,10 @@ def total_norms(norms_BG: Tensor) -> Tensor:
 
 
 def clipped_row_sum(rows_NP: Tensor, group_sizes: tuple[int, ...], clipper: Clipper) -> tuple[Tensor, Tensor]:
-    """Returns the sum of scaled rows, shape (P,), and their norms before, shape (N,); no rows give zeros.
+    """Returns the sum of scaled rows, shape (P,), and their groups' norms before, shape (N, G); no rows give zeros.
 
     Args:
-        rows_NP: Whole updates, one of each client.
+        rows_NP: Whole updates, one of each client, or whole gradients, one of each unit.
         group_sizes: What the clipper says of the network that they belong to.
         clipper: Bounds each row.
     """
@@ -111,7 +111,7 @@ def clipped_row_sum(rows_NP: Tensor, group_sizes: tuple[int, ...], clipper: Clip
     weight_NG = clipper.weights(norms_NG)
     unsound_N1 = ~norms_NG.isfinite().all(1, keepdim=True)
     sums = [weight_NG[:, g] @ part.masked_fill(unsound_N1, 0.0) for g, part in enumerate(parts)]
-    return torch.cat(sums), total_norms(norms_NG)
+    return torch.cat(sums), norms_NG
 
 
 def _sound(norms_BG: Tensor, weight_BG: Tensor) -> Tensor:

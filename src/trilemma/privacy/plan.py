@@ -15,7 +15,7 @@ from trilemma.models.classifier import Classifier
 from trilemma.privacy.adaptive import Adaptation, centred_count
 from trilemma.privacy.bookkeeping import clipped_gradient_sum
 from trilemma.privacy.clipping import ClippedSum, RecordLoss
-from trilemma.privacy.clipping_rules import Clipper, clipped_row_sum
+from trilemma.privacy.clipping_rules import Clipper, clipped_row_sum, total_norms
 from trilemma.privacy.guarantee import DpEvent
 from trilemma.privacy.noise import AddNoise, NoiseKind, poisson_sample, seeded_noise, system_noise
 
@@ -64,7 +64,14 @@ class PrivacyPlan:
     ) -> tuple[Tensor, Tensor]:
         """Returns the sum of clipped updates, one of each sampled client, and their norms before, shape (N,)."""
         clipper = self._clipper(clip)
-        return clipped_row_sum(updates_NP, clipper.group_sizes(classifier), clipper)
+        sum_P, norms_NG = clipped_row_sum(updates_NP, clipper.group_sizes(classifier), clipper)
+        return sum_P, total_norms(norms_NG)
+
+    def clipped_alone(self, gradient_P: Tensor, loss: Tensor, classifier: Classifier, clip: float | None) -> ClippedSum:
+        """Returns the clipped sum of one unit whose gradient is already known."""
+        clipper = self._clipper(clip)
+        sum_P, norms_1G = clipped_row_sum(gradient_P[None], clipper.group_sizes(classifier), clipper)
+        return ClippedSum(sum_P, total_norms(norms_1G), loss[None], norms_1G)
 
     def noised_mean(self, sum_P: Tensor, add_noise: AddNoise, clip: float | None = None) -> Tensor:
         """Returns (sum + noise) / denominator: all that anybody else may see of the units' clipped sum.
