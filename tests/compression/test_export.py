@@ -108,6 +108,18 @@ def test_the_file_says_nothing_about_where_it_was_made(group_norm_net):
     assert model.doc_string == model.graph.doc_string == ""
 
 
+def test_what_a_file_says_of_itself_changes_no_answer(group_norm_net, records):
+    twin, x = quantise(group_norm_net, records.x(slice(32))), records.x(slice(8))
+    said = {"b.words": 'δ 1e-05; "any one image"', "a.key": "s1:0"}
+    plain, labelled = export_onnx(twin, 1, 28), export_onnx(twin, 1, 28, said)
+    assert torch.equal(Session(plain).predict(x), Session(labelled).predict(x))
+    assert labelled == export_onnx(twin, 1, 28, dict(reversed(said.items())))
+    model = onnx.load_from_string(labelled)
+    assert {p.key: p.value for p in model.metadata_props} == said
+    del model.metadata_props[:]
+    assert model == onnx.load_from_string(plain)
+
+
 def test_exporting_leaves_the_network_alone(batch_norm_net, records):
     twin = quantise(batch_norm_net, records.x(slice(16)))
     before = {name: tensor.clone() for name, tensor in twin.state_dict().items()}

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
 from helpers.tiny_federation import DP, tiny_dataset, tiny_federation, tiny_spec
 from trilemma.errors import UserError
 from trilemma.federation.clients import participants
+from trilemma.federation.training import planned_events
+from trilemma.privacy.accounting import epsilon
 
 
 def test_each_hospital_trains_on_its_own_records():
@@ -59,6 +62,43 @@ def test_only_malicious_records_change(algorithm):
         poisoned = [c.training_records(federation.spec, federation.classifier) for c in federation.clients]
         changed = np.concatenate([records.labels_N for records in poisoned]) != clean
         assert np.array_equal(changed, hospital == 1)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "trust"),
+    [
+        (2, {"trust": "local"}),
+        (2, {"trust": "distributed"}),
+        (3, {"trust": "distributed", "num_colluding": 1}),
+        (3, {"trust": "distributed", "num_colluding": 2, "unit": "patient"}),
+    ],
+)
+def test_where_only_some_take_part_everyone_keeps_to_the_target(drawn, trust):
+    federation = tiny_federation(
+        privacy={"kind": "dp_sgd", "epsilon": 0.5, "delta": 1e-3, **trust},
+        partition={"kind": "iid", "num_clients": 4},
+        algorithm={"kind": "fedavg", "clients_per_round": drawn},
+        local={"batch_size": 10 if "unit" in trust else 20, "steps": 1, "momentum": 0},  # of 12 or 24
+        rounds=4,
+    )
+    events = [of_one for of_one in planned_events(federation).values() if of_one[0].steps]
+    costs = [epsilon(of_one, 1e-3) for of_one in events]
+    steps = [of_one[0].steps for of_one in events]
+    assert sum(steps) == 4 * drawn and min(steps) < max(steps)
+    assert 0.49 < max(costs) <= 0.5
+    if trust["trust"] == "local":
+        assert min(costs) > 0.49  # each has noise of its own
+        return
+    deviations = []
+
+    def note(sum_P, deviation):
+        deviations.append(deviation)
+        return sum_P
+
+    for client in federation.clients[: drawn - trust.get("num_colluding", 0)]:
+        client.plan.noised_mean(torch.zeros(1), note)
+    together = sum(deviation**2 for deviation in deviations) ** 0.5  # of a round's honest participants
+    assert together == pytest.approx(events[0][0].noise_multiplier)
 
 
 def test_what_cannot_be_is_refused_with_the_clients_name():

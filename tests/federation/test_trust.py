@@ -12,6 +12,7 @@ from scipy import stats
 from torch import nn
 
 from helpers.tiny_federation import CPU, DP, equal_states, tiny_dataset, tiny_federation, tiny_spec, trained_state
+from trilemma.attacks.poisoning.selection import choose_records
 from trilemma.errors import UserError
 from trilemma.federation import local_training
 from trilemma.federation import round as federated_round
@@ -22,7 +23,7 @@ from trilemma.federation.training import guarantee, initial_state, planned_event
 from trilemma.models.classifier import Classifier
 from trilemma.privacy.accounting import epsilon
 from trilemma.privacy.clipping_rules import Flat, PerLayer
-from trilemma.privacy.guarantee import DpEvent
+from trilemma.privacy.guarantee import DpEvent, group_in_words
 from trilemma.privacy.specs import DpSgd
 
 INFINITY = float("inf")
@@ -204,8 +205,8 @@ def test_a_trusted_server_samples_clients_poisson():
 
 @pytest.mark.parametrize("size", [1.0, 1e6])
 def test_no_client_moves_a_trusted_servers_model_by_more_than_the_clip(size, monkeypatch):
-    privacy = {**CLIENT, "noise_multiplier": 1e-9, "clip": 0.1}
-    federation = tiny_federation(privacy=privacy, **EIGHT)
+    federation = tiny_federation(privacy={**CLIENT, "clip": 0.1}, **EIGHT)
+    federation = replace(federation, plan=replace(federation.plan, noise_multiplier=1e-9))
     honest = federated_round.local_train
 
     def train(spec, client, *rest):
@@ -345,6 +346,9 @@ def test_no_buffer_of_a_private_client_reaches_the_model(privacy, kept):
 BAD = [
     ({"privacy": {**DP, "unit": "client"}}, "unit 'client' needs trust 'central', not 'local'"),
     ({"privacy": {**CLIENT, "trust": "distributed"}}, "unit 'client' needs trust 'central', not 'distributed'"),
+    ({"privacy": {**DP, "noise_multiplier": 1e-13}}, "noise_multiplier 1e-13 is below 0.01: so little noise protects"),
+    ({"privacy": {**DP, "noise_multiplier": 0}}, "greater than 0"),
+    ({"privacy": {**DP, "delta": 9e-11}}, "delta 9e-11 is below 1e-10, where the accountant's rounding errors"),
     ({"privacy": {**DP, "num_colluding": 1}}, "num_colluding 1 has a meaning under trust 'distributed' only"),
     ({"privacy": {**DP, "trust": "central"}}, "trust 'central' with unit 'example' is for algorithm 'centralised'"),
     ({"privacy": {**PATIENT, "trust": "central"}}, "trust 'central' with unit 'patient'"),
@@ -467,7 +471,11 @@ WORDS = {
     "example local": ({"privacy": DP}, ["any one image of a hospital", "neither the server nor another hospital"]),
     "patient local": (
         {"privacy": PATIENT},
-        ["all images of any one patient", "number of patients", "at two hospitals: the epsilons of both add up"],
+        [
+            "all images of any one patient",
+            "number of patients",
+            "at two hospitals: the epsilons of both add up, and their deltas",
+        ],
     ),
     "distributed": (
         {"privacy": DISTRIBUTED, "local": STEP},
@@ -582,3 +590,91 @@ def test_each_hospital_is_charged_what_its_own_rate_costs():
 def test_several_clients_with_one_event_are_said_once():
     same = tiny_federation(privacy=CLIENT)
     assert guarantee(same, trained_state(same)).in_words().count("sampling rate 1") == 1
+
+
+FLIP = {"kind": "label_flip", "clients": [1], "share": 0.5}
+
+
+def test_a_record_less_changes_which_other_records_of_a_malicious_hospital_are_poisoned():
+    # Why nothing is promised to it: neighbouring data sets differ in more than one record once they are poisoned.
+    whole, without = (set(choose_records(n, 0.5, torch.Generator().manual_seed(0)).tolist()) for n in (32, 31))
+    assert len(whole ^ without) > 1
+
+
+@pytest.mark.parametrize("privacy", [DP, PATIENT, DISTRIBUTED], ids=["local", "patient", "distributed"])
+def test_nothing_is_promised_to_a_malicious_hospital(privacy):
+    federation = tiny_federation(privacy=privacy, local=STEP, threat=FLIP)
+    state = trained_state(federation)
+    claim = guarantee(federation, state)
+    honest = guarantee(tiny_federation(privacy=privacy, local=STEP), state)
+    assert claim.epsilon_by_client.keys() == {"client 1", "client 3"}
+    assert claim.epsilon_by_client.items() < honest.epsilon_by_client.items()
+    assert claim.events_by_client == honest.events_by_client  # a book charges them all
+    assert not claim.void and set(claim.outside) - set(honest.outside) == {
+        "client 2 is malicious in this study: nothing is promised for its images"
+    }
+
+
+def test_the_largest_epsilon_is_that_of_the_honest():
+    partition = {"kind": "quantity", "num_clients": 3, "sizes": [4, 1, 3]}  # the smallest has the largest epsilon
+    weak = {"privacy": {**DISTRIBUTED, "noise_multiplier": 0.7}, "local": {**STEP, "batch_size": 6}}
+    claims = []
+    for threat in ({"kind": "none"}, FLIP):
+        federation = tiny_federation(**weak, partition=partition, threat=threat)
+        claims.append(guarantee(federation, trained_state(federation)))
+    everybody, honest = claims
+    assert honest.epsilon == max(everybody.epsilon_by_client[name] for name in ("client 1", "client 3"))
+    assert honest.epsilon < everybody.epsilon
+    curious = [[p for p in claim.outside if "can take its own share" in p] for claim in claims]
+    assert curious[0] != curious[1]
+
+
+def test_pooled_images_of_a_malicious_hospital_are_named_and_the_others_keep_their_promise():
+    federation = tiny_federation(privacy={**DP, "trust": "central"}, algorithm={"kind": "centralised"}, threat=FLIP)
+    claim = guarantee(federation, trained_state(federation))
+    assert claim.epsilon > 0 and "hospital 2 of the pool is malicious in this study" in claim.in_words()
+
+
+@pytest.mark.parametrize("algorithm", [{"kind": "local_only", "client": 1}, {"kind": "fedavg"}])
+def test_a_training_of_malicious_hospitals_alone_promises_nothing(algorithm):
+    clients = [1] if algorithm["kind"] == "local_only" else [0, 1, 2]
+    federation = tiny_federation(privacy=DP, algorithm=algorithm, threat={**FLIP, "clients": clients})
+    claim = guarantee(federation, trained_state(federation))
+    assert claim.epsilon is None and claim.in_words().startswith("No guarantee: client ")
+    assert "client 2 is malicious in this study: nothing is promised for its images" in claim.void
+
+
+def test_a_malicious_hospital_as_a_whole_keeps_its_promise():
+    federation = tiny_federation(privacy=CLIENT, threat=FLIP)
+    claim = guarantee(federation, trained_state(federation))
+    assert len(claim.epsilon_by_client) == 3 and "malicious" not in claim.in_words()
+
+
+@pytest.mark.parametrize("noise_multiplier", [1.0, 0.3])
+def test_several_images_of_a_patient_are_promised_what_the_theorem_gives(noise_multiplier):
+    federation = tiny_federation(privacy={**DP, "noise_multiplier": noise_multiplier})
+    state = trained_state(federation)
+    claim = guarantee(federation, state)
+    (phrase,) = [phrase for phrase in claim.outside if phrase.startswith("a patient with")]
+    said = group_in_words(claim.epsilon, 1e-3, 2)  # every patient of this data has two images
+    assert phrase.endswith(f"here some patient has 2, and for 2 {said}") and "e^((k - 1) * epsilon) times" in phrase
+    assert ("nothing is promised" in said) == (noise_multiplier < 1)
+    unknown = [replace(shard, records=replace(shard.records, patients_N=shard.records.patients_N * 0 - 1))
+               for shard in federation.clients[0].shards]  # fmt: skip
+    clients = (replace(federation.clients[0], shards=tuple(unknown)), *federation.clients[1:])
+    (phrase,) = [
+        phrase
+        for phrase in guarantee(replace(federation, clients=clients), state).outside
+        if phrase.startswith("a patient with")
+    ]
+    assert f"so that for 2 {said}; which belong together is not known" in phrase
+
+
+@pytest.mark.parametrize(("privacy", "start"), [
+    ({**PATIENT, "trust": "distributed"}, "a patient with images at two"), (CLIENT, "images of one patient"),
+])  # fmt: skip
+def test_where_one_noise_protects_several_units_they_are_a_group(privacy, start):
+    federation = tiny_federation(privacy=privacy, local=STEP)
+    claim = guarantee(federation, trained_state(federation))
+    (phrase,) = [phrase for phrase in claim.outside if phrase.startswith(start)]
+    assert phrase.endswith(group_in_words(claim.epsilon, 1e-3, 2))

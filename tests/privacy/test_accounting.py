@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
@@ -5,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trilemma.privacy import accounting
-from trilemma.privacy.accounting import MIN_NOISE, PRV_LIMIT, accountant_name, epsilon, noise_multiplier
+from trilemma.privacy.accounting import MIN_DELTA, MIN_NOISE, PRV_LIMIT, accountant_name, epsilon, noise_multiplier
 from trilemma.privacy.guarantee import DpEvent
 
 # noise multiplier, records, batch, epochs, delta; epsilon by Opacus 1.6.0's PRV and by dp_accounting 0.6.0's PLD.
@@ -32,6 +34,26 @@ def test_anchors_by_two_accountants(noise, records, batch, epochs, delta, prv, p
     outside = other.get_epsilon(delta)
     assert outside == pytest.approx(pld, abs=0.005)
     assert outside - 0.002 <= ours <= outside + 0.015
+
+
+@pytest.mark.parametrize("delta", [1e-8, MIN_DELTA])
+@pytest.mark.parametrize(("noise", "rate", "steps"), [(0.8, 0.01, 500), (1.0, 0.02, 1000), (0.6, 0.05, 100)])
+def test_at_a_small_delta_it_is_a_bound_too(noise, rate, steps, delta):
+    other = PLDAccountant()
+    other.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
+    outside = other.get_epsilon(delta)
+    assert outside - 0.002 <= epsilon([event(noise, rate, steps)], delta) <= outside + 0.015
+
+
+@pytest.mark.parametrize("delta", [9e-11, 1e-13, 1e-15, 1e-30])
+def test_what_an_old_book_holds_at_a_smaller_delta_is_bounded_all_the_same(delta):
+    # By PRV it would be 6.466 at 1e-13, where PLD says 6.504, and an error at 1e-15.
+    other = PLDAccountant()
+    other.compose(PoissonSampledDpEvent(0.01, GaussianDpEvent(0.8)), 500)
+    outside = other.get_epsilon(max(delta, 1e-13))
+    assert (
+        outside <= epsilon([event(0.8, 0.01, 500)], delta) < 1.2 * outside * max(1, math.log(delta) / math.log(1e-13))
+    )
 
 
 def test_events_compose_over_rounds():

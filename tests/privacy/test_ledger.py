@@ -444,6 +444,8 @@ def test_a_disk_without_locks_is_refused(book, monkeypatch):
 
 
 def test_delta_must_not_allow_publishing_one(tmp_path, book):
+    with pytest.raises(UserError, match=r"delta 1e-15 is below 1e-10, where the accountant's rounding errors.*or more"):
+        Ledger.create(tmp_path / "b.jsonl", terms(delta=1e-15, num_units=100))
     with pytest.raises(UserError, match="delta 0.01 is not below 1 / 100"):
         Ledger.create(tmp_path / "b.jsonl", terms(delta=0.01, num_units=100))
     assert not (tmp_path / "b.jsonl").exists()

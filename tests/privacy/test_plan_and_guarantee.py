@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from scipy import stats
 
 from trilemma.models.specs import Resnet9
 from trilemma.privacy.clipping_rules import Flat
-from trilemma.privacy.guarantee import NO_PRIVACY, DpEvent, Guarantee
+from trilemma.privacy.guarantee import NO_PRIVACY, DpEvent, Guarantee, group_in_words, of_group
 from trilemma.privacy.noise import seeded_noise
 from trilemma.privacy.plan import PrivacyPlan
 from trilemma.privacy.specs import DpSgd, NoPrivacy
@@ -181,6 +183,22 @@ def test_a_guarantee_survives_the_store():
 def test_an_infinite_epsilon_is_no_guarantee():
     with pytest.raises(ValidationError):
         guarantee(north=float("inf"))
+
+
+def test_a_group_is_promised_what_the_theorem_gives_and_never_less_than_the_exact_bound():
+    assert of_group(8.0, 1e-4, 1) == pytest.approx((8.0, 1e-4))
+    assert of_group(8.0, 1e-4, 2) == pytest.approx((16.0, 0.5962), rel=1e-3)
+    assert of_group(8.0, 1e-4, 3) == (24.0, 1.0)
+    assert of_group(50.0, 1e-5, 1000)[1] == 1.0  # no overflow
+    for epsilon, size in ((0.0, 5), (0.3, 4), (1.0, 6)):
+        assert of_group(epsilon, 1e-5, size)[1] >= 1e-5 * sum(math.exp(i * epsilon) for i in range(size)) * (1 - 1e-9)
+
+
+def test_a_group_in_words_is_rounded_up_and_says_where_nothing_is_left():
+    assert group_in_words(8.0, 1e-4, 2) == "epsilon is 16.00 and delta 0.6"
+    assert group_in_words(1.001, 1e-5, 3) == "epsilon is 3.01 and delta 0.00023"  # 0.0002221
+    for delta in (1.0, 0.36786):  # the second: a delta of 0.9999, which is shown as 1
+        assert group_in_words(0.307, delta, 2) == "nothing is promised, for that delta reaches 1"
 
 
 #: A guarantee as the first version stored it.

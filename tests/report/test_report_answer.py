@@ -219,6 +219,24 @@ def test_limits_come_first_and_only_where_they_apply():
     assert "Unfinished" not in topics
 
 
+def test_seeded_noise_is_said_once_and_only_where_something_is_claimed():
+    results = build()
+    assert "no ground for releasing" in paragraph(results, "Seeded noise")
+    assert sum(finding.text.count("comes from a seed") for finding in answer(results)) == 1
+
+    def topics(changed):
+        return [finding.topic for finding in answer(changed)]
+
+    def private(run):
+        return {**run.spec, "privacy": {**run.spec["privacy"], "noise": "system"}}
+
+    system = tuple(replace(r, spec=private(r)) if r.guarantee.epsilon else r for r in results.runs)
+    assert "Seeded noise" not in topics(replace(results, runs=system))
+    void = tuple(replace(a, guarantee=a.guarantee.voided("why")) for a in results.artefacts)
+    assert "Seeded noise" not in topics(replace(results, artefacts=void))
+    assert "Seeded noise" not in topics(build({PLAIN: MADE[PLAIN]}))
+
+
 def test_one_seed_is_said_to_be_one():
     results = build()
     runs = tuple(run for run in results.runs if run.seed == 0)

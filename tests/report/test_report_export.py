@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from trilemma.evaluation.measurement import Measurement
+from trilemma.privacy.guarantee import Guarantee
 from trilemma.report.export import COLUMNS, export_csv, export_json, export_latex, export_markdown, latex, markdown
 from trilemma.report.summary import summary_rows, written_rows
 from trilemma.report.terminal import answer_names, answer_table
@@ -250,6 +251,45 @@ def test_csv_and_json_say_what_epsilon_and_sensitivity_are_about(tmp_path):
         said = tuple("" if value is None else str(value) for value in claims[row["configuration"]])
         assert tuple(row[name] for name in names) == said
         assert row["positive_class"] == "normal, benign"
+
+
+def test_seeded_noise_is_told_from_the_operating_systems(tmp_path):
+    results = build({PLAIN: MADE[PLAIN], DP: MADE[DP], BOTH: MADE[BOTH]})
+    system = {run.key for run in results.runs if run.configuration == BOTH}
+    artefacts = tuple(
+        replace(a, guarantee=a.guarantee.model_copy(update={"noise_source": "the system's"}))
+        if a.run_key in system
+        else a
+        for a in results.artefacts
+    )
+    results = replace(results, artefacts=artefacts)
+    export_csv(results, tmp_path / "out.csv")
+    export_json(results, tmp_path / "out.json")
+    said = {PLAIN: None, DP: "seeded noise, for research", BOTH: "the system's"}
+    for row in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["measurements"]:
+        assert row["noise_source"] == said[row["configuration"]]
+    for row in read_csv(tmp_path / "out.csv"):
+        assert row["noise_source"] == (said[row["configuration"]] or "")
+
+
+def test_json_holds_the_guarantee_of_each_artefact_and_not_only_of_its_training(results, tmp_path):
+    void = {a.key for a in pick(results, DP, "int8")}
+    artefacts = tuple(
+        replace(a, guarantee=a.guarantee.voided("looked at private images")) if a.key in void else a
+        for a in results.artefacts
+    )
+    export_json(replace(results, artefacts=artefacts), tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [row["key"] for row in content["artefacts"]] == [a.key for a in artefacts]
+    assert {row["noise_source"] for row in content["measurements"] if row["artefact"] in void} == {None}
+    trainings = {row["key"]: Guarantee.model_validate(row["guarantee"]) for row in content["trainings"]}
+    for row, artefact in zip(content["artefacts"], artefacts, strict=True):
+        assert Guarantee.model_validate(row["guarantee"]) == artefact.guarantee
+        assert (row["training"], row["compression"]) == (artefact.run_key, artefact.compression)
+        assert (row["file_bytes"], row["sparsity"]) == (artefact.file_bytes, artefact.sparsity)
+        if artefact.key in void:
+            assert row["guarantee"]["void"] == ["looked at private images"]
+            assert trainings[row["training"]].epsilon is not None
 
 
 def test_of_two_data_sets_each_has_its_positive_class(tmp_path):

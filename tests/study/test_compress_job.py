@@ -3,12 +3,14 @@
 import os
 
 import numpy as np
+import onnx
 import pytest
 
 from helpers.pictures import write_images
 from helpers.tiny_study import SMALLEST, plan_of, run_plan, write_study
 from trilemma.compression.specs import Int8
 from trilemma.data.specs import Phantom
+from trilemma.privacy.guarantee import Guarantee
 from trilemma.study.compress_job import calibration_images
 from trilemma.study.store import Store
 from trilemma.study.workplace import Workplace
@@ -39,3 +41,46 @@ def test_larger_phantoms_are_taken_as_they_are(roots, tmp_path):
     x_BCHW = calibration_images(Int8(num_calibration=5), place, dataset, 0)
     assert x_BCHW is not None
     np.testing.assert_array_equal(x_BCHW.numpy(), Phantom(size=20, train=16).load(roots).train.x(slice(0, 5)).numpy())
+
+
+PRIVATE = """
+name = "private"
+question = "Does the claim travel?"
+seeds = [0]
+[base]
+data = { kind = "phantom", size = 16, train = 60, val = 12, test = 24, sites = 2, classes = 2 }
+partition = { kind = "by_site", num_clients = 2 }
+model = { kind = "resnet9", width = 4, norm = "group" }
+local = { batch_size = 8, steps = 1 }
+privacy = { kind = "dp_sgd", noise_multiplier = 2.0, delta = 1e-3 }
+rounds = 1
+[[compressions]]
+kind = "none"
+[[compressions]]
+kind = "int8"
+num_calibration = 16
+[[compressions]]
+kind = "int8"
+calibration = "train"
+num_calibration = 16
+[[evaluations]]
+kind = "clean"
+"""
+
+
+def test_the_guarantee_of_what_ships_stands_in_its_file(roots, tmp_path):
+    plan, said = plan_of(write_study(tmp_path, PRIVATE)), []
+    run_plan(plan, tmp_path / "store", roots)
+    with Store(tmp_path / "store") as store:
+        for cell in plan.cells:
+            row, path = store.artefact(cell.key), store.files.model(cell.key)
+            assert row is not None and row.file_bytes == path.stat().st_size
+            props = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+            assert props.keys() == {"trilemma.key", "trilemma.guarantee", "trilemma.guarantee_in_words"}
+            assert props["trilemma.key"] == cell.key
+            said.append(Guarantee.model_validate_json(props["trilemma.guarantee"]))
+            assert said[-1] == row.guarantee
+            assert props["trilemma.guarantee_in_words"] == row.guarantee.in_words()
+    kept, public, void = said
+    assert kept == public and kept.epsilon is not None and not kept.void
+    assert void.epsilon is None and len(void.void) == 1 and void.epsilon_by_client == kept.epsilon_by_client

@@ -18,9 +18,9 @@ from trilemma.errors import UserError
 from trilemma.federation.round import run_round
 from trilemma.federation.training import guarantee, initial_state, planned_events, prepare
 from trilemma.privacy.ledger import Ledger
-from trilemma.study import holdings, train_job
-from trilemma.study.holdings import records_fingerprint
-from trilemma.study.ledgers import book_path
+from trilemma.study import holdings, train_job, workplace
+from trilemma.study.holdings import records_fingerprint, release_of
+from trilemma.study.ledgers import book_path, check_books
 from trilemma.study.workplace import Books, Workplace
 
 
@@ -97,6 +97,26 @@ def test_other_code_or_threads_make_another_release(create, run, tmp_path, monke
     assert [len(book.entries) for book in books_in(tmp_path)] == [1, 1]
     assert run(store="another")[0] == 0
     assert [len(book.entries) for book in books_in(tmp_path)] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR"])
+def test_other_kernels_make_another_release(name, study, roots, tmp_path, monkeypatch):
+    (training,) = plan_of(study).trainings
+    place = Workplace(tmp_path / "store", roots, "cpu", 1, os.getpid())
+    dataset = place.dataset(training.spec.data)
+    before = release_of(place, training, dataset)
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")  # threads are counted as PyTorch was told them
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert release_of(place, training, dataset) == before is not None
+    monkeypatch.setenv(name, "AVX2")
+    assert release_of(place, training, dataset) != before
+    monkeypatch.delenv(name)
+    assert release_of(place, training, dataset) == before
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+        assert release_of(place, training, dataset) != before
+    monkeypatch.setattr(torch.__config__, "show", lambda: "another")
+    assert release_of(place, training, dataset) != before
 
 
 def test_fresh_noise_is_booked_by_every_start_for_what_it_still_runs(create, run, study, tmp_path, monkeypatch):
@@ -196,6 +216,20 @@ def test_what_ran_without_books_is_booked_when_books_are_named(create, run, tril
     assert [len(book.entries) for book in books_in(tmp_path)] == [1, 1]
 
 
+def test_a_malicious_hospital_is_charged_and_said_to_be_promised_nothing(create, run, trilemma, study, tmp_path):
+    threat = 'base.threat={ kind = "label_flip", clients = [1], share = 0.5 }'
+    assert create(50.0)[0] == 0
+    check = ("check", study, "--ledgers", tmp_path / "books")
+    said = "plain: hospital 2 is malicious in this study: nothing is promised for its images"
+    code, out, _ = trilemma(*check, "--set", threat)
+    assert code == 0 and said in out.partition("allow all of it.")[2] and "hospital 1 is" not in out
+    assert "malicious" not in trilemma(*check)[1]
+    assert run(threat)[0] == 0
+    assert [len(book.entries) for book in books_in(tmp_path)] == [1, 1]
+    claimed = json.loads(rows_of(tmp_path / "store")["runs"][0]["guarantee"])
+    assert list(claimed["epsilon_by_client"]) == ["hospital 1"] and len(claimed["events_by_client"]) == 2
+
+
 def test_what_has_no_guarantee_is_refused_by_name(create, run, tmp_path):
     assert create(50.0)[0] == 0
     code, _, err = run('baselines=[{name = "bare", privacy = { kind = "none" }}]')
@@ -252,6 +286,32 @@ def test_books_count_for_the_images_they_were_made_for(create, run, trilemma, st
     assert code == 2 and "is the book of 'hospital 1' and not of 'hospital 2'" in err
 
 
+def test_books_of_patients_count_for_the_patients_they_were_made_for(create, study, roots, tmp_path, monkeypatch):
+    """Two patients who turn out to be one: the images are the same, and what one unit may move is not."""
+    patients = 'base.privacy={ kind = "dp_sgd", unit = "patient", noise_multiplier = 2.0, delta = 1e-3 }'
+    for unit in ("example", "patient"):
+        overrides = [patients] if unit == "patient" else []
+        assert create(50.0, *overrides)[0] == 0
+        plan = plan_of(study, *overrides)
+        place = Workplace(tmp_path / "store", roots, "cpu", 1, os.getpid(), Books(tmp_path / "books", "private"))
+        check_books(plan, {}, place)
+        (training,) = plan.trainings
+        dataset = place.dataset(training.spec.data)
+        codes = dataset.train.patients_N.copy()
+        mine = np.flatnonzero(dataset.train.sites_N == 0)
+        codes[mine[-1]] = codes[mine[0]]
+        regrouped = replace(dataset, train=replace(dataset.train, patients_N=codes), fingerprint=f"regrouped {unit}")
+        monkeypatch.setitem(workplace._LOADED, (training.spec.data.key, str(roots.data)), regrouped)
+        if unit == "example":
+            check_books(plan, {}, place)
+        else:
+            with pytest.raises(UserError, match="counts for other images than 'hospital 1' now holds"):
+                check_books(plan, {}, place)
+        monkeypatch.undo()
+        for path in (tmp_path / "books").iterdir():
+            path.unlink()
+
+
 def test_creating_books(create, trilemma, study, tmp_path):
     code, _, err = create(0.0)
     assert code == 2 and "epsilon 0 and delta 0.001 are no budget" in err
@@ -260,6 +320,8 @@ def test_creating_books(create, trilemma, study, tmp_path):
     where = ("ledger", "create", tmp_path / "books", "--study", study, "--epsilon", 8, "--delta")
     code, _, err = trilemma(*where, 0.1)
     assert code == 2 and "delta 0.1 is not below 1 / 30" in err
+    code, _, err = trilemma(*where, 1e-15)
+    assert code == 2 and "delta 1e-15 is below 1e-10, where the accountant's rounding errors outweigh it" in err
     assert not (tmp_path / "books").exists()
     code, out, _ = create(8.0)
     assert code == 0 and "hospital 1" in out and "8.00" in out
@@ -310,14 +372,30 @@ def test_the_fingerprint_is_of_images_and_labels_in_any_order():
     images, labels = draws.integers(0, 255, (6, 1, 4, 4), dtype=np.uint8), np.arange(6) % 2
     codes = np.arange(6)
     records = Records(images, labels, codes, codes, codes.astype(str))
-    print_of = records_fingerprint(records)
-    assert records_fingerprint(records.subset(draws.permutation(6))) == print_of
+    print_of = records_fingerprint(records, "example")
+    assert records_fingerprint(records.subset(draws.permutation(6)), "example") == print_of
     other = images.copy()
     other[3, 0, 0, 0] ^= 1
-    assert records_fingerprint(replace(records, images_NCHW=other)) != print_of
-    assert records_fingerprint(replace(records, labels_N=1 - labels)) != print_of
-    assert records_fingerprint(replace(records, images_NCHW=images.reshape(6, 1, 2, 8))) != print_of
-    assert records_fingerprint(replace(records, patients_N=codes + 1)) == print_of
+    assert records_fingerprint(replace(records, images_NCHW=other), "example") != print_of
+    assert records_fingerprint(replace(records, labels_N=1 - labels), "example") != print_of
+    assert records_fingerprint(replace(records, images_NCHW=images.reshape(6, 1, 2, 8)), "example") != print_of
+    assert records_fingerprint(replace(records, patients_N=codes // 2), "example") == print_of
+    # Books of images written by an earlier version stay valid.
+    assert print_of == "6aea613f6b361080fcb064e8c898973a"
+
+
+def test_the_fingerprint_of_patients_tells_whose_images_are_whose_and_not_by_which_code():
+    draws = np.random.default_rng(0)
+    images, labels = draws.integers(0, 255, (6, 1, 4, 4), dtype=np.uint8), np.arange(6) % 2
+    codes = np.array([0, 0, 1, 1, 2, 2])
+    records = Records(images, labels, codes, codes, codes.astype(str))
+    print_of = records_fingerprint(records, "patient")
+    assert print_of != records_fingerprint(records, "example")
+    assert records_fingerprint(records.subset(draws.permutation(6)), "patient") == print_of
+    assert records_fingerprint(replace(records, patients_N=7 - codes), "patient") == print_of
+    for other in ([0, 0, 1, 2, 1, 2], [0, 0, 1, 1, 2, 3], [0, 0, 0, 0, 1, 1]):
+        assert records_fingerprint(replace(records, patients_N=np.array(other)), "patient") != print_of
+    assert records_fingerprint(replace(records, labels_N=1 - labels), "patient") != print_of
 
 
 def test_books_of_one_file_are_refused(study, roots, tmp_path, monkeypatch):

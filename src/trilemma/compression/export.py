@@ -2,12 +2,13 @@
 
 The graph takes images in [0, 1] under the name "image" and returns "logits"; the normalisation is part of it. An
 int8 twin becomes a graph of QuantizeLinear/DequantizeLinear pairs in which weights are stored as int8 and biases as
-int32, which ONNX Runtime fuses to integer operations.
+int32, which ONNX Runtime fuses to integer operations. What is claimed of a model stands in the file as metadata.
 """
 
 import copy
 import io
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -23,13 +24,16 @@ OPSET = 17
 _WEIGHTED = ("Conv", "Gemm")
 
 
-def export_onnx(classifier: Classifier, channels: int, image_size: int) -> bytes:
-    """Returns a classifier as an ONNX model with a free batch size; equal networks give equal bytes.
+def export_onnx(
+    classifier: Classifier, channels: int, image_size: int, properties: Mapping[str, str] | None = None
+) -> bytes:
+    """Returns a classifier as an ONNX model with a free batch size; equal arguments give equal bytes.
 
     Args:
         classifier: A float network or an int8 twin; unchanged.
         channels: C of its images.
         image_size: H and W of its images, in pixels.
+        properties: What the file shall say of itself, as its metadata; the computation is the same without.
     """
     network = _prepared(copy.deepcopy(classifier).cpu().eval())
     image = torch.full((2, channels, image_size, image_size), 0.5)
@@ -52,6 +56,7 @@ def export_onnx(classifier: Classifier, channels: int, image_size: int) -> bytes
     model = onnx.load_from_string(buffer.getvalue())
     _store_integers(model)
     _shorten_names(model)
+    helper.set_model_props(model, dict(sorted((properties or {}).items())))
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True)
 

@@ -14,7 +14,7 @@ from trilemma.federation.clients import Client
 from trilemma.federation.optimizers import State
 from trilemma.federation.specs import Augmentation, FedProx, TrainSpec
 from trilemma.federation.streams import client_stream, private_generator
-from trilemma.federation.units import unit_gradient_sum
+from trilemma.federation.units import added, unit_gradient_sum, whole_units
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import get_buffers, get_params, set_buffers, set_params
 from trilemma.privacy.noise import AddNoise, seeded_noise
@@ -23,7 +23,8 @@ from trilemma.privacy.specs import DpSgd
 from trilemma.randomness import generator, global_seed
 from trilemma.robustness.objective import Objective
 
-#: Images attacked at once at most: a private step may be large, and the gradient engine takes it in parts too.
+#: Images, copies counted, that a private step loads, changes and attacks at once: it may draw many more. One unit with
+#: more of them is loaded alone, as a whole.
 CRAFTED_TOGETHER = 256
 
 
@@ -79,13 +80,15 @@ def local_train(
         for step, drawn in enumerate(batches(spec, client, len(records), round_index)):
             time = round_index + step / client.steps  # in rounds
             objective = spec.defence.make(time / spec.rounds)
-            batch = load_batch(augmentation, records, client.records_of(drawn)[0], draws.changes, classifier.device)
             if client.plan is None:
+                batch = load_batch(augmentation, records, drawn, draws.changes, classifier.device)
                 gradient_P, loss_B = mean_gradient(classifier, objective, *batch, draws.crafting)
             else:
-                sizes_U = [size * augmentation.multiplicity for size in client.records_of(drawn)[1]]
-                views = crafted(objective, classifier, *batch, draws.crafting), batch[1]
-                summed = unit_gradient_sum(client.plan, classifier, objective.loss, views, sizes_U, clip)
+                parts = private_parts(augmentation, client, records, drawn, classifier, objective, draws)
+                summed = added(
+                    unit_gradient_sum(client.plan, classifier, objective.loss, views, sizes_U, clip)
+                    for views, sizes_U in parts
+                )
                 gradient_P, loss_B = client.plan.noised_mean(summed.sum_P, draws.noise, clip), summed.losses_B
                 clip, noised_count = _adapted(spec, client.plan, summed.norms_B, draws.noise, clip)
             if isinstance(spec.algorithm, FedProx):
@@ -123,7 +126,7 @@ def _draws(spec: TrainSpec, client: Client, round_index: int, device: torch.devi
 def load_batch(
     augmentation: Augmentation, records: Records, index: list[int], changes: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Returns a step's augmented images and labels, copies side by side; a Poisson-sampled batch may be empty."""
+    """Returns augmented images and labels, copies side by side; a Poisson-sampled batch may be empty."""
     x_BCHW, y_B = (
         whole.to(device).repeat_interleave(augmentation.multiplicity, 0)
         for whole in (records.x(index), records.y(index))
@@ -133,10 +136,31 @@ def load_batch(
     return x_BCHW, y_B
 
 
+def private_parts(
+    augmentation: Augmentation,
+    client: Client,
+    records: Records,
+    drawn: list[int],
+    classifier: Classifier,
+    objective: Objective,
+    draws: Draws,
+) -> Iterator[tuple[tuple[Tensor, Tensor], list[int]]]:
+    """Yields a private step's views (x_IVCHW, y_I) and how many images each unit has, a part of whole units at a time.
+
+    A unit is never divided, so that it is clipped as one; memory stays bounded however many units are drawn. Where
+    nobody is drawn there is one part without images.
+    """
+    sizes_U = [size * augmentation.multiplicity for size in client.records_of(drawn)[1]]
+    for part in whole_units(sizes_U, CRAFTED_TOGETHER):
+        index = client.records_of(drawn[part])[0]
+        x_BCHW, y_B = load_batch(augmentation, records, index, draws.changes, classifier.device)
+        yield (crafted(objective, classifier, x_BCHW, y_B, draws.crafting), y_B), sizes_U[part]
+
+
 def crafted(
     objective: Objective, classifier: Classifier, x_BCHW: Tensor, y_B: Tensor, crafting: torch.Generator
 ) -> Tensor:
-    """Returns the views x_BVCHW of a private step's images, `CRAFTED_TOGETHER` at a time; of none, none."""
+    """Returns the views x_BVCHW of private images, attacked `CRAFTED_TOGETHER` at a time; of none, none."""
     if not len(y_B):
         return x_BCHW[:, None]
     parts = zip(x_BCHW.split(CRAFTED_TOGETHER), y_B.split(CRAFTED_TOGETHER), strict=True)

@@ -1,6 +1,7 @@
 """What a guarantee does not cover, one phrase each, for a report and a data-protection officer."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from trilemma.data.specs import Phantom
 from trilemma.federation.server import Federation
 from trilemma.federation.specs import Centralised, FedAvg
 from trilemma.privacy.accounting import epsilon
-from trilemma.privacy.guarantee import DpEvent
+from trilemma.privacy.guarantee import DpEvent, group_in_words
 from trilemma.privacy.specs import DpSgd
 
 _COUNTED = {
@@ -18,15 +19,28 @@ _COUNTED = {
 }
 
 
-def outside_phrases(federation: Federation, privacy: DpSgd, events: dict[str, tuple[DpEvent, ...]]) -> tuple[str, ...]:
-    """Returns everything that the guarantee of a training leaves open; `events` are those that ran, by client."""
+def outside_phrases(
+    federation: Federation,
+    privacy: DpSgd,
+    events: Mapping[str, tuple[DpEvent, ...]],
+    promised: Mapping[str, float],
+) -> tuple[str, ...]:
+    """Returns everything that the guarantee of a training leaves open.
+
+    Args:
+        federation: The training.
+        privacy: Its privacy.
+        events: Those that ran, by client.
+        promised: The epsilon that they come to, of each client to whom something is promised.
+    """
     phrases = [
+        *malicious_outside(federation),
         _COUNTED[privacy.unit],
         _curves(privacy),
         "what a report tells of the data: counts of classes and patients, test images and test accuracies",
-        "other models trained on the same images: where several are released, their epsilons add up",
+        "other models trained on the same images: where several are released, their epsilons and deltas add up",
         "the choice of settings, if they were chosen by looking at private results",
-        *patients_outside(federation),
+        *patients_outside(federation, privacy, max(promised.values(), default=0.0)),
     ]
     pretraining = federation.spec.pretraining
     if pretraining is not None:
@@ -40,7 +54,8 @@ def outside_phrases(federation: Federation, privacy: DpSgd, events: dict[str, tu
             "which hospitals took part in which round: the server must keep it secret, and with it what tells of it, "
             "each round's traffic and time; no report or export holds them, whoever runs the study can see them"
         )
-    phrases += _of_noise(privacy) + _of_curious_hospitals(federation, privacy, events)
+    honest = {name: steps for name, steps in events.items() if name in promised}
+    phrases += _of_noise(privacy) + _of_curious_hospitals(federation, privacy, honest)
     if isinstance(federation.spec.algorithm, FedAvg) and isinstance(federation.spec.algorithm.weights, tuple):
         phrases.append("the weights of the hospitals, which must not have been chosen by looking at private images")
     return tuple(phrases)
@@ -67,7 +82,9 @@ def _of_noise(privacy: DpSgd) -> list[str]:
     return phrases
 
 
-def _of_curious_hospitals(federation: Federation, privacy: DpSgd, events: dict[str, tuple[DpEvent, ...]]) -> list[str]:
+def _of_curious_hospitals(
+    federation: Federation, privacy: DpSgd, events: Mapping[str, tuple[DpEvent, ...]]
+) -> list[str]:
     """Returns what a hospital learns that knows its own share of the noise, where no share is there to spare."""
     plan = federation.clients[0].plan
     if privacy.trust != "distributed" or privacy.num_colluding or plan is None or plan.num_honest == 1:
@@ -77,7 +94,7 @@ def _of_curious_hospitals(federation: Federation, privacy: DpSgd, events: dict[s
         [event.model_copy(update={"noise_multiplier": event.noise_multiplier * left}) for event in steps]
         for steps in events.values()
     ]
-    largest = math.ceil(100 * max(epsilon(steps, privacy.delta) for steps in weaker)) / 100
+    largest = math.ceil(100 * max((epsilon(steps, privacy.delta) for steps in weaker), default=0.0)) / 100
     return [
         "a hospital that takes part: it can take its own share of the noise away, and against it "
         f"{plan.num_honest - 1} of {plan.num_honest} shares are left, {left:.3f} of the stated noise, so that epsilon "
@@ -85,19 +102,63 @@ def _of_curious_hospitals(federation: Federation, privacy: DpSgd, events: dict[s
     ]
 
 
-def patients_outside(federation: Federation) -> list[str]:
-    """Returns what the unit of a guarantee leaves open for patients who have several images."""
+def unpromised(federation: Federation) -> frozenset[str]:
+    """Returns the names of the clients to whose records nothing is promised: those that hold malicious shards only."""
     privacy = federation.spec.privacy
-    if not isinstance(privacy, DpSgd) or privacy.unit == "client":
-        return ["a patient with images at several hospitals: k hospitals have k times this epsilon"]
+    if isinstance(privacy, DpSgd) and privacy.unit == "client":
+        return frozenset()
+    return frozenset(client.name for client in federation.clients if all(shard.malicious for shard in client.shards))
+
+
+def malicious_outside(federation: Federation) -> list[str]:
+    """Returns for each hospital on which the study's threat acts that nothing is promised for its images.
+
+    Which of its records are poisoned, and how, is drawn for all of them together (`choose_records`), so that one record
+    less changes others too, and the guarantee would be one of the records as poisoned. The other hospitals keep theirs:
+    what a threat makes depends on the models that were released and on the malicious hospital's own records. Under unit
+    "client" a hospital goes with all that it holds, poisoned or not, so that its guarantee stands.
+    """
+    privacy, pooled = federation.spec.privacy, isinstance(federation.spec.algorithm, Centralised)
+    if isinstance(privacy, DpSgd) and privacy.unit == "client":
+        return []
+    names = [
+        f"hospital {shard.hospital + 1} of the pool" if pooled else client.name
+        for client in federation.clients
+        for shard in client.shards
+        if shard.malicious
+    ]
+    return [f"{name} is malicious in this study: nothing is promised for its images" for name in names]
+
+
+def patients_outside(federation: Federation, privacy: DpSgd, largest: float) -> list[str]:
+    """Returns what a guarantee of at most epsilon `largest` leaves open for patients who have several images."""
+    if privacy.unit == "client":
+        return [
+            "images of one patient, where the hospital's others stay: they count as 2 hospitals, one less and one "
+            f"more; {_together('hospitals')}, so that for 2 {group_in_words(largest, privacy.delta, 2)}"
+        ]
     if privacy.unit == "patient":
         if isinstance(federation.spec.algorithm, Centralised):
             return ["a patient who goes by two names in the data: the two count as two patients"]
-        return ["a patient with images at two hospitals: the epsilons of both add up"]
-    codes = [shard.records.patients_N for client in federation.clients for shard in client.shards]
-    if any((patients_N < 0).any() for patients_N in codes):
-        return ["a patient with several images: k images have k times this epsilon; which belong together is not known"]
-    most = max(int(np.unique(patients_N, return_counts=True)[1].max(initial=0)) for patients_N in codes)
+        two = "a patient with images at two hospitals: the epsilons of both add up, and"
+        if privacy.trust == "distributed":  # the noise of one sum protects both: a group of two, and no composition
+            return [f"{two} for such a patient {group_in_words(largest, privacy.delta, 2)}"]
+        return [f"{two} their deltas"]
+    codes_N = np.concatenate([shard.records.patients_N for client in federation.clients for shard in client.shards])
+    if (codes_N < 0).any():
+        return [
+            f"a patient with several images: {_together('images')}, so that for 2 "
+            f"{group_in_words(largest, privacy.delta, 2)}; which belong together is not known"
+        ]
+    most = int(np.unique(codes_N, return_counts=True)[1].max(initial=0))
     if most <= 1:
         return []
-    return [f"a patient with several images: k images have k times this epsilon, and here some have up to {most}"]
+    return [
+        f"a patient with several images: {_together('images')}; here some patient has {most}, and for {most} "
+        f"{group_in_words(largest, privacy.delta, most)}"
+    ]
+
+
+def _together(units: str) -> str:
+    """Returns the theorem of group privacy in words."""
+    return f"k {units} have k times this epsilon and k * e^((k - 1) * epsilon) times this delta"

@@ -17,7 +17,7 @@ from trilemma.data.records import Dataset
 from trilemma.errors import UserError
 from trilemma.federation.clients import Client, make_clients, planned_rounds, server_plan
 from trilemma.federation.local_training import load_model
-from trilemma.federation.outside import outside_phrases
+from trilemma.federation.outside import malicious_outside, outside_phrases, unpromised
 from trilemma.federation.pretraining import pretrain
 from trilemma.federation.server import Federation, server_optimizer
 from trilemma.federation.specs import Centralised, TrainSpec
@@ -82,20 +82,21 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
     spec = federation.spec
     if not isinstance(spec.privacy, DpSgd):
         return NO_PRIVACY
-    events = _events(federation, state.private_steps)
-    epsilon_by_client = {name: epsilon(steps, spec.privacy.delta) for name, steps in events.items()}
+    events, malicious = _events(federation, state.private_steps), unpromised(federation)
+    promised = {name: epsilon(steps, spec.privacy.delta) for name, steps in events.items() if name not in malicious}
     return Guarantee(
         unit=spec.privacy.unit,
         trust="central" if isinstance(spec.algorithm, Centralised) else spec.privacy.trust,
         delta=spec.privacy.delta,
-        epsilon_by_client=epsilon_by_client,
+        epsilon_by_client=promised,
         events_by_client=events,
         clip=spec.privacy.clip,
         clipping=spec.privacy.clipping.label,
         num_colluding=spec.privacy.num_colluding,
-        accountant=accountant_name(max(epsilon_by_client.values())),
+        accountant=accountant_name(max(promised.values(), default=0.0)),
         noise_source=noise_source_in_words(spec.privacy.noise),
-        outside=outside_phrases(federation, spec.privacy, events),
+        outside=outside_phrases(federation, spec.privacy, events, promised),
+        void=() if promised else tuple(malicious_outside(federation)),
     )
 
 

@@ -1,6 +1,7 @@
 """From records to the units that a plan samples and clips: an image is one, or all images of a patient together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -22,6 +23,34 @@ def patients(patients_N: np.ndarray) -> Units:
     order_N = np.argsort(patients_N, kind="stable")
     starts = np.flatnonzero(np.diff(patients_N[order_N])) + 1
     return tuple(np.split(order_N, starts)) if len(patients_N) else ()
+
+
+def whole_units(sizes_U: Sequence[int], most: int) -> Iterator[slice]:
+    """Yields neighbouring units of at most `most` images together, or one larger unit alone; of no unit, none of them.
+
+    There is always a first slice: a step that samples nobody has a clipped sum too, which is zero.
+    """
+    start, images = 0, 0
+    for unit, size in enumerate(sizes_U):
+        if unit > start and images + size > most:
+            yield slice(start, unit)
+            start, images = unit, 0
+        images += size
+    yield slice(start, len(sizes_U))
+
+
+def added(sums: Iterable[ClippedSum]) -> ClippedSum:
+    """Returns the clipped sum of units that came in parts, at least one; each sum is as large as the model.
+
+    The small numbers are joined at each part and not at the end: strewn between the images of all parts they would
+    keep the allocator from using that memory again.
+    """
+    return reduce(_both, sums)
+
+
+def _both(one: ClippedSum, other: ClippedSum) -> ClippedSum:
+    numbers = zip(one[1:], other[1:], strict=True)
+    return ClippedSum(one.sum_P + other.sum_P, *(torch.cat(pair) for pair in numbers))
 
 
 def unit_gradient_sum(
@@ -48,21 +77,30 @@ def unit_gradient_sum(
     x_IVCHW, y_I = views
     if all(size == 1 for size in sizes_U):
         return plan.gradient_sum(classifier, loss, x_IVCHW, y_I, clip)
+    return added(_sums_by_size(plan, classifier, loss, views, sizes_U, clip))
+
+
+def _sums_by_size(
+    plan: PrivacyPlan,
+    classifier: Classifier,
+    loss: RecordLoss,
+    views: tuple[Tensor, Tensor],
+    sizes_U: Sequence[int],
+    clip: float | None,
+) -> Iterator[ClippedSum]:
+    """Yields the clipped sums of the units with equally many images, and of each large unit."""
+    x_IVCHW, y_I = views
     starts_U = np.cumsum([0, *sizes_U[:-1]])
-    total_P, rest = x_IVCHW.new_zeros(()), []  # a running sum: each is as large as the model
     for size in sorted(set(sizes_U)):
         first_B = starts_U[np.asarray(sizes_U) == size]
         if size * x_IVCHW.shape[1] > IMAGES_TOGETHER:
-            units = [slice(first, first + size) for first in first_B]
-            sums = [_large_unit(plan, classifier, loss, (x_IVCHW[unit], y_I[unit]), clip) for unit in units]
+            for first in first_B:
+                unit = slice(first, first + size)
+                yield _large_unit(plan, classifier, loss, (x_IVCHW[unit], y_I[unit]), clip)
         else:
             index_BS = torch.from_numpy(first_B[:, None] + np.arange(size)).to(y_I.device)
             x_BWCHW = x_IVCHW[index_BS].flatten(1, 2)
-            sums = [plan.gradient_sum(classifier, mean_over_images(loss), x_BWCHW, y_I[index_BS], clip)]
-        for sum_P, *numbers in sums:
-            total_P = total_P + sum_P
-            rest.append(numbers)
-    return ClippedSum(total_P, *(torch.cat(parts) for parts in zip(*rest, strict=True)))
+            yield plan.gradient_sum(classifier, mean_over_images(loss), x_BWCHW, y_I[index_BS], clip)
 
 
 def _large_unit(

@@ -1,6 +1,7 @@
 """What may be claimed about the privacy of a model, or why nothing may."""
 
-from decimal import ROUND_CEILING, Decimal
+import math
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -41,8 +42,9 @@ class Guarantee(BaseModel):
         trust: Who adds the noise: "local" means each client, before anything leaves it; "distributed" each client a
             share, under a secure sum; "central" whoever pools the images or, for unit "client", the server.
         delta: Probability with which the bound may fail; None without DP.
-        epsilon_by_client: Client name -> epsilon, composed over every round that ran.
-        events_by_client: Client name -> the steps that ran.
+        epsilon_by_client: Client name -> epsilon, composed over every round that ran, of the clients to whom something
+            is promised; `outside` names the others.
+        events_by_client: Client name -> the steps that ran, of every client.
         clip: Clipping norm of what a unit contributes; where it adapts, the first one.
         clipping: How a unit's contribution was bounded.
         num_colluding: Under trust "distributed", how many clients may collude with the server or withhold noise; with
@@ -144,6 +146,24 @@ _SECURE_SUM = (
     "all hospitals' contributions and never a single one. This program computes the sum "
     "and does not hide its parts; whoever deploys it must."
 )
+
+
+def of_group(epsilon: float, delta: float, size: int) -> tuple[float, float]:
+    """Returns what (epsilon, delta) promises to `size` units together: (k epsilon, k e^((k-1) epsilon) delta).
+
+    Group privacy, the definition used `size` times over. The second number is cut off at 1, which promises nothing.
+    """
+    exponent = math.log(size) + (size - 1) * epsilon + math.log(delta)
+    return size * epsilon, math.exp(min(exponent, 0.0))
+
+
+def group_in_words(epsilon: float, delta: float, size: int) -> str:
+    """Returns what is promised to `size` units together, such as "epsilon is 16.00 and delta 0.6"."""
+    epsilon_k, delta_k = of_group(epsilon, delta, size)
+    shown = float(Context(prec=2, rounding=ROUND_CEILING).create_decimal_from_float(delta_k))
+    if shown >= 1:
+        return "nothing is promised, for that delta reaches 1"
+    return f"epsilon is {_rounded_up(epsilon_k)} and delta {shown:g}"
 
 
 def _rounded_up(epsilon: float) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from trilemma.errors import UserError
+from trilemma.privacy.accounting import MIN_DELTA, TOO_SMALL
 from trilemma.privacy.affordable import least_noise, merged, most_steps, total
 from trilemma.privacy.guarantee import DpEvent
 from trilemma.privacy.ledger_file import Admission, Booking, Content, Terms, append, create_file, locked, read
@@ -57,7 +58,7 @@ class Ledger:
         """Writes a new book.
 
         Raises:
-            UserError: If there is a file of that name, or delta would allow publishing a unit.
+            UserError: If there is a file of that name, or delta would allow publishing a unit or is too small.
             Failure: If it cannot be written.
         """
         refuse_delta(path, terms.delta, terms.num_units)
@@ -206,11 +207,15 @@ def book_all(requests: Mapping[Path, Request]) -> dict[Path, str]:
 
 
 def refuse_delta(path: Path, delta: float, num_units: int) -> None:
-    """Refuses a delta that allows publishing a unit.
+    """Refuses a delta that allows publishing a unit, or that is too small to be accounted for.
 
     Raises:
-        UserError: Naming the largest sensible delta.
+        UserError: Naming the largest sensible delta, or the smallest.
     """
+    if delta < MIN_DELTA:
+        raise UserError(
+            str(path), f"delta {delta:g} is below {MIN_DELTA:g}, {TOO_SMALL}", f"Give {MIN_DELTA:g} or more"
+        )
     if not delta * num_units < 1:
         raise UserError(
             str(path),

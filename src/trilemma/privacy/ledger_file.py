@@ -42,8 +42,8 @@ class Terms(_Line):
         unit: What its budget protects: one image, one patient, or the hospital as a whole.
         relation: Neighbouring relation of the data sets.
         epsilon: The budget.
-        delta: At which it holds; below 1 / `num_units`.
-        fingerprint: Of the hospital's images and labels.
+        delta: At which it holds; below 1 / `num_units`, and since it is checked at least `accounting.MIN_DELTA`.
+        fingerprint: Of the hospital's images and labels, for unit "patient" also of which are one patient's.
         num_units: How many units they are.
         created: When, in UTC.
     """
@@ -65,7 +65,7 @@ class Admission(_Line):
 
     Attributes:
         time: When, in UTC.
-        fingerprint: Of the images and labels as they are now.
+        fingerprint: As in `Terms`, of the images as they are now.
         num_units: How many units they are.
     """
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trilemma.privacy.accounting import noise_multiplier
+from trilemma.privacy.accounting import MIN_DELTA, TOO_SMALL, noise_multiplier
 from trilemma.privacy.adaptive import Adaptation
 from trilemma.privacy.clipping_rules import Automatic, Clipper, Flat, PerLayer
 from trilemma.privacy.guarantee import Trust, Unit
@@ -125,6 +125,9 @@ ClippingSpec = Annotated[
     FlatClipping | PerLayerClipping | AutomaticClipping | AdaptiveClipping, Field(discriminator="kind")
 ]
 
+#: The smallest noise multiplier that a study may give. Far below it nothing is protected, as epsilon says.
+LEAST_NOISE = 0.01
+
 _UNITS = {"example": "records", "patient": "patients", "client": "clients"}
 
 
@@ -142,9 +145,9 @@ class DpSgd(Spec):
         clipping: How a unit's gradient (under unit "client" its whole update) is bounded.
         noise: "seeded": can be repeated, for research. "system": from the operating system, for deployment.
         epsilon: Target over all rounds; the noise is calibrated to it. Or give `noise_multiplier`.
-        noise_multiplier: Standard deviation of the noise over `clip`. Or give `epsilon`.
+        noise_multiplier: Standard deviation of the noise over `clip`, at least 0.01. Or give `epsilon`.
         delta: Probability with which the bound may fail; below 1 / units of every client, and so of the largest; under
-            unit "client" below 1 / clients.
+            unit "client" below 1 / clients. At least 1e-10: below that the accountant's rounding errors outweigh it.
         clip: Clipping norm of what one unit contributes.
         num_colluding: Under trust "distributed": how many hospitals may join the server, or leave out their share of
             the noise, without weakening the others' guarantee. With 0 it does not hold against a hospital that takes
@@ -166,6 +169,13 @@ class DpSgd(Spec):
     def _sound(self) -> "DpSgd":
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give either epsilon (the noise is calibrated to it) or noise_multiplier, and not both")
+        if self.noise_multiplier is not None and self.noise_multiplier < LEAST_NOISE:
+            raise ValueError(
+                f"noise_multiplier {self.noise_multiplier:g} is below {LEAST_NOISE:g}: so little noise protects "
+                "nothing, and no epsilon worth stating follows from it; give more, or train without privacy"
+            )
+        if self.delta < MIN_DELTA:
+            raise ValueError(f"delta {self.delta:g} is below {MIN_DELTA:g}, {TOO_SMALL}")
         if self.unit == "client" and self.trust != "central":
             raise ValueError(
                 f"unit 'client' needs trust 'central', not '{self.trust}': only a server that sees whole updates "

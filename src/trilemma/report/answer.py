@@ -86,7 +86,18 @@ def _limits(results: Results, rows: Sequence[Row]) -> list[Finding]:
     if rows and max(len(row.seeds) for row in rows) == 1:
         text = "One seed each: the intervals speak of other test images, not of another training of the same kind."
         found.append(Finding("One seed", (text,), caution=True))
+    if any(row.epsilon is not None and _seeded(row) for row in rows):
+        text = (
+            "The noise comes from a seed: each ε, and with it “private”, is a statement about the method and no "
+            'ground for releasing one of these models. For that, train with noise = "system".'
+        )
+        found.append(Finding("Seeded noise", (text,), caution=True))
     return found
+
+
+def _seeded(row: Row) -> bool:
+    privacy = row.spec.get("privacy")
+    return isinstance(privacy, dict) and privacy.get("noise", "seeded") == "seeded"
 
 
 def _constant(rows: Sequence[Row]) -> list[Finding]:

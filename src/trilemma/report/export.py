@@ -1,8 +1,9 @@
 """The results for other programs: CSV and JSON with every number, LaTeX and Markdown with the table.
 
 CSV is tidy: one row per measurement, an empty field where there is no value. `privacy_unit`, `delta` and `trust` are
-what an epsilon is about; `positive_class` is whose images sensitivity is about, empty for more than two classes, where
-it is a macro average. Text that a spreadsheet would run as a formula gets an apostrophe in front.
+what an epsilon is about, `noise_source` says whether the noise was fit for more than research; `positive_class` is
+whose images sensitivity is about, empty for more than two classes, where it is a macro average. Text that a spreadsheet
+would run as a formula gets an apostrophe in front.
 """
 
 import csv
@@ -26,7 +27,7 @@ from trilemma.results import Artefact, Results, Run
 COLUMNS = (
     "study", "configuration", "seed", "compression", "artefact", "evaluation", "kind", "metric", "radius", "source",
     "client", "value", "low", "high", "n", "unit", "split", "status", "reason", "data", "synthetic",
-    "positive_class", "privacy_unit", "delta", "trust",
+    "positive_class", "privacy_unit", "delta", "trust", "noise_source",
 )  # fmt: skip
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -51,7 +52,10 @@ def export_csv(results: Results, path: Path) -> None:
 
 
 def export_json(results: Results, path: Path) -> None:
-    """Writes the study, its table of configurations and every measurement as one JSON object; missing is null."""
+    """Writes the study, its table of configurations and every measurement as one JSON object; missing is null.
+
+    A training's guarantee may stand where that of an artefact is void: each has its own.
+    """
     content = {
         "study": results.name,
         "question": results.question,
@@ -70,6 +74,11 @@ def export_json(results: Results, path: Path) -> None:
              "guarantee": r.guarantee.model_dump(mode="json"), "provenance": r.provenance, "seconds": r.seconds,
              "peak_memory_bytes": r.peak_memory_bytes, "num_parameters": r.num_parameters}
             for r in results.runs
+        ],
+        "artefacts": [
+            {"key": a.key, "training": a.run_key, "compression": a.compression, "file_bytes": a.file_bytes,
+             "sparsity": a.sparsity, "guarantee": a.guarantee.model_dump(mode="json")}
+            for a in results.artefacts
         ],
         "missing": list(results.missing),
     }  # fmt: skip
@@ -166,6 +175,7 @@ def _row(study: str, run: Run, artefact: Artefact, data: DataUsed, m: Measuremen
         "privacy_unit": claim.unit if claim else None,
         "delta": claim.delta if claim else None,
         "trust": claim.trust if claim else None,
+        "noise_source": (artefact.guarantee.noise_source or None) if claim else None,
     }
     return {name: row[name] for name in COLUMNS}
 

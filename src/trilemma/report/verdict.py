@@ -17,7 +17,7 @@ class Corners(NamedTuple):
     """What a row achieves.
 
     Attributes:
-        private: It carries a guarantee.
+        private: It carries a guarantee, whatever its noise: where that comes from a seed, the answer says so.
         robust: Under the strongest attack it is better than always giving the most frequent answer.
         small: Its file takes at most half of the largest one.
         certain: The whole interval of its robust accuracy lies above the majority class.

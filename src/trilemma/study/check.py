@@ -14,7 +14,7 @@ from trilemma.evaluation.specs import AllAtOnce, Transfer
 from trilemma.study.combine import combined_key, undefined_evaluations, why_undefined
 from trilemma.study.facts import facts_key, prepare_all, public_data
 from trilemma.study.keys import evaluation_key
-from trilemma.study.ledgers import check_books
+from trilemma.study.ledgers import check_books, unpromised_phrases
 from trilemma.study.plan import Plan, Training, without_guarantee
 from trilemma.study.progress import READING, Progress
 from trilemma.study.rows import RunRow
@@ -55,6 +55,7 @@ def check_study(
     if books is not None:
         check_books(plan, _runs(plan, folder), place)
         console.print("\nThe hospitals' budget books allow all of it.")
+        _print_phrases("\nCharged, and yet not promised:", unpromised_phrases(plan, place), console)
     _print_phrases("\nNo guarantee can be given for:", list(dict.fromkeys(without_guarantee(plan))), console)
 
 

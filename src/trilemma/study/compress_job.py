@@ -33,19 +33,29 @@ def compress_job(place: Workplace, cell: Cell, claimed: Guarantee) -> ArtefactRo
     dataset = place.dataset(spec.data)
     classifier = place.trained(spec, cell.training.key).cpu()
     twin = cell.compression.apply(classifier, calibration_images(cell.compression, place, dataset, spec.seed)).eval()
-    model = export_onnx(twin, dataset.channels, dataset.image_size)
+    private = cell.compression.private_data
+    guarantee = claimed.voided(private) if private and not claimed.void else claimed
+    model = export_onnx(twin, dataset.channels, dataset.image_size, shipped_with(cell.key, guarantee))
     save_tensors(place.files.twin(cell.key), dict(twin.state_dict()))
     atomic_write(place.files.model(cell.key), model)
-    private = cell.compression.private_data
     return ArtefactRow(
         key=cell.key,
         run_key=cell.training.key,
         compression={**cell.compression.model_dump(mode="json"), "label": cell.compression.label},
         file_bytes=len(model),
         sparsity=sparsity(twin),
-        guarantee=claimed.voided(private) if private and not claimed.void else claimed,
+        guarantee=guarantee,
         seconds=time.perf_counter() - started,
     )
+
+
+def shipped_with(key: str, guarantee: Guarantee) -> dict[str, str]:
+    """Returns what the file of an artefact says of itself: its key, and its guarantee as JSON and in plain words."""
+    return {
+        "trilemma.key": key,
+        "trilemma.guarantee": guarantee.model_dump_json(),
+        "trilemma.guarantee_in_words": guarantee.in_words(),
+    }
 
 
 def calibration_images(spec: CompressionSpec, place: Workplace, dataset: Dataset, seed: int) -> Tensor | None:

@@ -1,11 +1,13 @@
 """What each hospital of a study holds, and what makes two runs of a training one release: what a budget is spent on."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import trilemma
 from trilemma.data.records import Dataset, Records
@@ -17,9 +19,12 @@ from trilemma.study.plan import Plan, Training
 from trilemma.study.provenance import provenance
 from trilemma.study.workplace import Workplace
 
-#: (data set, positions of a hospital's records) -> their fingerprint, and (key of a data spec, root) -> that of all its
-#: images: a study asks for each many times.
-_FINGERPRINTS: dict[tuple[str, bytes], str] = {}
+#: (data set, positions of a hospital's records, unit) -> their fingerprint, and (key of a data spec, root) -> that of
+#: all its images: a study asks for each many times.
+_FINGERPRINTS: dict[tuple[str | bytes, ...], str] = {}
+
+#: Beginnings of the environment variables by which PyTorch's libraries choose how they add up on a CPU.
+_KERNEL_SETTINGS = ("ATEN_", "DNNL_", "MKL_", "ONEDNN_", "OPENBLAS_")
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Holding:
 
     Attributes:
         owner: The hospital.
-        fingerprint: Of its training images and their labels, in whatever order.
+        fingerprint: Of its training images and their labels, in whatever order; for unit "patient" also of which of
+            them are one patient's.
         num_units: How many units of the training's kind they are.
     """
 
@@ -75,25 +81,39 @@ def training_holdings(training: Training, dataset: Dataset) -> list[Holding]:
             "patient": len(np.unique(dataset.train.patients_N[index])),
             "client": len(partition.clients),
         }
-        held.append(Holding(owner, _fingerprint(dataset, index), numbers[spec.privacy.unit]))
+        held.append(Holding(owner, _fingerprint(dataset, index, spec.privacy.unit), numbers[spec.privacy.unit]))
     return held
 
 
-def _fingerprint(dataset: Dataset, index: np.ndarray) -> str:
-    name = (dataset.fingerprint, index.tobytes())
+def _fingerprint(dataset: Dataset, index: np.ndarray, unit: Unit) -> str:
+    name = (dataset.fingerprint, index.tobytes(), unit)
     if name not in _FINGERPRINTS:
-        _FINGERPRINTS[name] = records_fingerprint(dataset.train.subset(index))
+        _FINGERPRINTS[name] = records_fingerprint(dataset.train.subset(index), unit)
     return _FINGERPRINTS[name]
 
 
-def records_fingerprint(records: Records) -> str:
-    """Returns a hash of images and labels that does not depend on the records' order."""
+def records_fingerprint(records: Records, unit: Unit) -> str:
+    """Returns a hash of images and labels that does not depend on the records' order.
+
+    For unit "patient" it tells also which records are one patient's, whatever the patients' codes: a book that counts
+    patients counts for other ones where images are grouped anew.
+    """
     kind = f"{records.images_NCHW.dtype} {records.images_NCHW.shape[1:]}"
-    hashes = sorted(
-        hashlib.blake2b(np.ascontiguousarray(image).tobytes() + str(label).encode(), digest_size=16).digest()
+    hashes = [
+        _digest(np.ascontiguousarray(image).tobytes() + str(label).encode())
         for image, label in zip(records.images_NCHW, records.labels_N.tolist(), strict=True)
-    )
-    return hashlib.blake2b(kind.encode() + b"".join(hashes), digest_size=16).hexdigest()
+    ]
+    if unit == "patient":
+        kind += " by patient"
+        groups: dict[int, list[bytes]] = {}
+        for code, record in zip(records.patients_N.tolist(), hashes, strict=True):
+            groups.setdefault(code, []).append(record)
+        hashes = [_digest(b"".join(sorted(group))) for group in groups.values()]
+    return _digest(kind.encode() + b"".join(sorted(hashes))).hex()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def release_of(place: Workplace, training: Training, dataset: Dataset) -> str | None:
@@ -106,7 +126,21 @@ def release_of(place: Workplace, training: Training, dataset: Dataset) -> str | 
     if place.torch_device.type == "cuda":
         return None
     machine = {**provenance(place.torch_device), "threads": place.threads, "git_revision": "", "cores": 0}
-    return content_key(training.key, dataset.fingerprint, _public_fingerprint(place, training), _code(), machine)
+    public = _public_fingerprint(place, training)
+    return content_key(training.key, dataset.fingerprint, public, _code(), machine, _kernels())
+
+
+def _kernels() -> dict[str, str]:
+    """Returns what decides, beside the machine and the number of threads, in which order PyTorch adds up on a CPU.
+
+    Two runs that differ in this get other weights from the same noise.
+    """
+    chosen = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_KERNEL_SETTINGS) and not name.endswith("_NUM_THREADS")
+    }
+    return {**chosen, "capability": torch.backends.cpu.get_cpu_capability(), "build": torch.__config__.show()}
 
 
 def _public_fingerprint(place: Workplace, training: Training) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trilemma.attacks.poisoning.specs import NoThreat
 from trilemma.errors import Failure, UserError
+from trilemma.federation.outside import malicious_outside
 from trilemma.federation.server import Federation
 from trilemma.federation.training import planned_events, prepare
 from trilemma.privacy.guarantee import DpEvent, Unit
@@ -104,8 +106,21 @@ def read_books(where: Path) -> list[Ledger]:
     return [Ledger.open(path) for path in paths]
 
 
+def unpromised_phrases(plan: Plan, place: Workplace) -> list[str]:
+    """Returns whose images a study's guarantees leave out though their books are charged: malicious hospitals'."""
+    phrases = []
+    for training in plan.trainings:
+        if not isinstance(training.spec.threat, NoThreat) and isinstance(training.spec.privacy, DpSgd):
+            federation = prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
+            phrases += [f"{training.configuration}: {phrase}" for phrase in malicious_outside(federation)]
+    return list(dict.fromkeys(phrases))
+
+
 def check_books(plan: Plan, stored: Mapping[str, RunRow], place: Workplace) -> list[dict[Path, Claim]]:
     """Refuses a study, before any of it runs, that the books do not allow; returns what has yet to be booked.
+
+    Malicious hospitals are charged like the others, though nothing is promised for their images: whoever says that the
+    books allow a study says that too (`unpromised_phrases`).
 
     Args:
         plan: The study's cells.
