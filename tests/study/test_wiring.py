@@ -82,7 +82,7 @@ def images_of(x_BCHW):
 
 @pytest.mark.parametrize("calibration", ["public", "train", "val"])
 def test_int8_is_calibrated_on_the_images_that_its_guarantee_rests_on(plan, place, roots, monkeypatch, calibration):
-    (training,), claimed, seen = plan.trainings, Guarantee(delta=1e-3, epsilon_by_client={"north": 3.0}), []
+    (training,), claimed, seen = plan.trainings, Guarantee(delta=1e-3, clip=1.0, epsilon_by_client={"north": 3.0}), []
     monkeypatch.setattr(compressions, "quantise", lambda model, x: seen.append(x) or quantise(model, x))
     cell = Cell(training, Int8(calibration=calibration, num_calibration=6), "s1:calibrated")
     guarantee = compress_job(place, cell, claimed).guarantee
