@@ -98,7 +98,7 @@ def test_what_cannot_be_kept_of_one_job_stops_no_other(plan, roots, tmp_path, mo
 
     def spoil_rows(store, rows):
         spoil = rows[0].artefact_key == bad.key and rows[0].spec["kind"] == "pgd"
-        add_evaluations(store, [replace(row, seconds=None) if spoil else row for row in rows])  # pyright: ignore
+        add_evaluations(store, [replace(row, seconds=None) if spoil else row for row in rows])
 
     if spoilt == "training":
         monkeypatch.setattr(Store, "add_run", spoil_run)
