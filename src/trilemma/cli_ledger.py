@@ -110,11 +110,11 @@ def _entries_table(book: "Ledger") -> "Table":
     from trilemma.privacy.ledger import up
 
     table = Table(title=Text(f"Bookings of {book.terms.owner}"))
-    for name in ("time (UTC)", "study", "training", "what", "spent after"):
+    for name in ("time (UTC)", "study", "training", "what", "how", "spent after"):
         table.add_column(name, justify="right" if name == "spent after" else "left", overflow="fold")
     for entry in book.entries:
         what = ", ".join(event.in_words() for event in entry.dp_events)
-        table.add_row(entry.time, entry.study, entry.training, what, up(entry.epsilon_after))
+        table.add_row(entry.time, entry.study, entry.training, what, entry.conditions, up(entry.epsilon_after))
     return table
 
 

@@ -45,7 +45,7 @@ def event(steps: int, noise: float = 300.0, rate: float = 1.0) -> DpEvent:
 
 
 def request(training: str, *events: DpEvent, release: str | None = None) -> Request:
-    return Request(training, "study", events, release)
+    return Request(training, "study", events, release, "local", 0, "seeded")
 
 
 def fork(work: Callable[[], None]) -> int:

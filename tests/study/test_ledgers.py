@@ -222,7 +222,8 @@ def test_a_malicious_hospital_is_charged_and_said_to_be_promised_nothing(create,
     check = ("check", study, "--ledgers", tmp_path / "books")
     said = "plain: hospital 2 is malicious in this study: nothing is promised for its images"
     code, out, _ = trilemma(*check, "--set", threat)
-    assert code == 0 and said in out.partition("allow all of it.")[2] and "hospital 1 is" not in out
+    assert code == 0 and said in out.partition("Charged, and yet not promised:")[2] and "hospital 1 is" not in out
+    assert said in trilemma("check", study, "--set", threat)[1].partition("Nothing is promised for:")[2]
     assert "malicious" not in trilemma(*check)[1]
     assert run(threat)[0] == 0
     assert [len(book.entries) for book in books_in(tmp_path)] == [1, 1]
@@ -244,6 +245,7 @@ def test_pooled_images_are_booked_in_the_books_of_all_hospitals(create, run, tmp
     assert run('base.algorithm={kind = "centralised"}')[0] == 0
     first, second = books_in(tmp_path)
     assert first.events == second.events and first.events[0].sampling_rate == pytest.approx(8 / 60)
+    assert first.entries[0].trust == "central"  # whoever pools the images adds the noise
     assert run('base.algorithm={kind = "local_only", client = 1}')[0] == 0
     assert [len(book.entries) for book in books_in(tmp_path)] == [1, 2]
 
@@ -329,6 +331,17 @@ def test_creating_books(create, trilemma, study, tmp_path):
     code, _, err = create(9.0)
     assert code == 2 and "hospital-2.jsonl: is there already" in err
     assert not (tmp_path / "books" / "hospital-1.jsonl").exists()  # all or none
+
+
+def test_a_booking_says_on_what_its_epsilon_rests(create, run, trilemma, tmp_path):
+    shared = 'base.privacy={ kind = "dp_sgd", trust = "distributed", num_colluding = 1, noise = "system", '
+    shared += "noise_multiplier = 2.0, delta = 1e-3 }"
+    assert create(50.0)[0] == 0 and run()[0] == 0 and run(shared, "base.local.momentum=0.0")[0] == 0
+    alone, together = books_in(tmp_path)[0].entries
+    assert (alone.trust, alone.num_colluding, alone.noise) == ("local", 0, "seeded")
+    assert (together.trust, together.num_colluding, together.noise) == ("distributed", 1, "system")
+    _, out, _ = trilemma("ledger", "show", tmp_path / "books", "--entries")
+    assert "local, seeded noise" in out and "distributed, 1 may collude, system noise" in out
 
 
 def test_showing_books(create, run, trilemma, tmp_path):

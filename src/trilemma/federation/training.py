@@ -26,7 +26,7 @@ from trilemma.models.classifier import Classifier
 from trilemma.models.norms import batch_norm_layers
 from trilemma.models.vector import get_buffers, get_params, set_buffers
 from trilemma.privacy.accounting import accountant_name, epsilon
-from trilemma.privacy.guarantee import NO_PRIVACY, DpEvent, Guarantee
+from trilemma.privacy.guarantee import NO_PRIVACY, DpEvent, Guarantee, Trust
 from trilemma.privacy.noise import noise_source_in_words
 from trilemma.privacy.specs import DpSgd
 
@@ -86,7 +86,7 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
     promised = {name: epsilon(steps, spec.privacy.delta) for name, steps in events.items() if name not in malicious}
     return Guarantee(
         unit=spec.privacy.unit,
-        trust="central" if isinstance(spec.algorithm, Centralised) else spec.privacy.trust,
+        trust=trust_of(spec, spec.privacy),
         delta=spec.privacy.delta,
         epsilon_by_client=promised,
         events_by_client=events,
@@ -98,6 +98,11 @@ def guarantee(federation: Federation, state: TrainingState) -> Guarantee:
         outside=outside_phrases(federation, spec.privacy, events, promised),
         void=() if promised else tuple(malicious_outside(federation)),
     )
+
+
+def trust_of(spec: TrainSpec, privacy: DpSgd) -> Trust:
+    """Returns who adds the noise: of pooled images it is whoever pools them."""
+    return "central" if isinstance(spec.algorithm, Centralised) else privacy.trust
 
 
 def planned_events(federation: Federation) -> dict[str, tuple[DpEvent, ...]]:

@@ -18,8 +18,9 @@ from typing import Self
 from trilemma.errors import UserError
 from trilemma.privacy.accounting import MIN_DELTA, TOO_SMALL
 from trilemma.privacy.affordable import least_noise, merged, most_steps, total
-from trilemma.privacy.guarantee import DpEvent
+from trilemma.privacy.guarantee import DpEvent, Trust
 from trilemma.privacy.ledger_file import Admission, Booking, Content, Terms, append, create_file, locked, read
+from trilemma.privacy.noise import NoiseKind
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,18 @@ class Request:
         release: Equal for two runs that release the very same numbers, so that the second one costs nothing: the same
             noise from a seed, and the same code, machine and settings. None where every run draws noise of its own:
             each is a new release, and is booked anew.
+        trust: Who adds the noise.
+        num_colluding: How many hospitals the claim allows to side with the server or to withhold their noise.
+        noise: Where it comes from.
     """
 
     training: str
     study: str
     events: tuple[DpEvent, ...]
     release: str | None
+    trust: Trust
+    num_colluding: int
+    noise: NoiseKind
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,9 @@ def _booking(book: Ledger, request: Request, booking: str) -> Booking:
         study=request.study,
         events=_numbers(request.events),
         release=request.release,
+        trust=request.trust,
+        num_colluding=request.num_colluding,
+        noise=request.noise,
         epsilon_after=book.spent(*request.events),
         id=booking,
     )

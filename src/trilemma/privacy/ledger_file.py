@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trilemma.atomic import cannot_write, flush_folder
 from trilemma.errors import Failure, UserError
-from trilemma.privacy.guarantee import DpEvent, Unit
+from trilemma.privacy.guarantee import DpEvent, Trust, Unit
+from trilemma.privacy.noise import NoiseKind
 
 #: Version of the format; a book of a newer one is refused.
 VERSION = 1
@@ -84,6 +85,10 @@ class Booking(_Line):
         study: The study's name.
         events: (noise multiplier, sampling rate, steps) of all that it will run.
         release: Identifies the released numbers; None where each run draws new noise.
+        trust: Who adds the noise; with the next two the conditions on which the events cost what the book says. None
+            in lines from before they were noted.
+        num_colluding: How many hospitals may side with the server or withhold their noise.
+        noise: "seeded", from which nobody is protected who knows the seed, or "system".
         epsilon_after: What was spent with this line, as the accountant of that day had it; for the reader only.
         id: Drawn for this booking and written down with whatever it paid for, so that nothing else is taken for that;
             empty in lines from before there were any.
@@ -95,8 +100,19 @@ class Booking(_Line):
     study: str
     events: tuple[tuple[Positive, Probability, Annotated[int, Field(ge=0)]], ...]
     release: str | None
+    trust: Trust | None = None
+    num_colluding: Annotated[int, Field(ge=0)] = 0
+    noise: NoiseKind | None = None
     epsilon_after: float
     id: str = ""
+
+    @property
+    def conditions(self) -> str:
+        """Returns on what its epsilon rests, in a few words; "" where it was not noted."""
+        if self.trust is None:
+            return ""
+        colluding = f", {self.num_colluding} may collude" if self.num_colluding else ""
+        return f"{self.trust}{colluding}, {self.noise} noise"
 
     @property
     def dp_events(self) -> tuple[DpEvent, ...]:

@@ -55,7 +55,8 @@ def check_study(
     if books is not None:
         check_books(plan, _runs(plan, folder), place)
         console.print("\nThe hospitals' budget books allow all of it.")
-        _print_phrases("\nCharged, and yet not promised:", unpromised_phrases(plan, place), console)
+    title = "Charged, and yet not promised" if books else "Nothing is promised for"
+    _print_phrases(f"\n{title}:", unpromised_phrases(plan, place), console)
     _print_phrases("\nNo guarantee can be given for:", list(dict.fromkeys(without_guarantee(plan))), console)
 
 

@@ -13,7 +13,7 @@ from trilemma.attacks.poisoning.specs import NoThreat
 from trilemma.errors import Failure, UserError
 from trilemma.federation.outside import malicious_outside
 from trilemma.federation.server import Federation
-from trilemma.federation.training import planned_events, prepare
+from trilemma.federation.training import planned_events, prepare, trust_of
 from trilemma.privacy.guarantee import DpEvent, Unit
 from trilemma.privacy.ledger import Ledger, Request, book_all, now, refuse_delta, up
 from trilemma.privacy.ledger_file import Terms
@@ -263,9 +263,16 @@ def _claims(
         rest = _without(events[client], sum(paid.values()))
         if rest:
             asked = events[client] if lineage.release else rest
-            request = Request(training.key, books.study, asked, lineage.release)
+            request = _request(training, books.study, asked, lineage.release)
             claims[path] = Claim(holding, client, request, paid)
     return claims
+
+
+def _request(training: Training, study: str, events: tuple[DpEvent, ...], release: str | None) -> Request:
+    privacy = training.spec.privacy
+    assert isinstance(privacy, DpSgd)  # others were refused
+    trust = trust_of(training.spec, privacy)
+    return Request(training.key, study, events, release, trust, privacy.num_colluding, privacy.noise)
 
 
 def _pay(claims: Mapping[Path, Claim]) -> tuple[Payment, ...]:
