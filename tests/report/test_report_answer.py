@@ -106,7 +106,7 @@ def test_privacy_flips_with_the_numbers():
     assert "0.049 less" in paragraph(build(), "privacy cost")
     swapped = with_made(plain=replace(MADE[DP], epsilon=None), dp=replace(MADE[PLAIN], epsilon=7.96))
     assert re.search(r"0\.04[89] more", paragraph(swapped, "privacy cost"))
-    assert "(ε ≤ 7.96 for any one image, δ\u00a00.0001, local noise)" in paragraph(build(), "privacy cost")
+    assert "(ε ≤ 7.96 for any one image, δ\u00a00.0001, local noise (seeded))" in paragraph(build(), "privacy cost")
 
 
 def test_what_a_guarantee_protects_is_said_and_nothing_else():
@@ -115,7 +115,7 @@ def test_what_a_guarantee_protects_is_said_and_nothing_else():
         dp=replace(MADE[DP], **hospital),
         both=replace(MADE[BOTH], robust=(0.77, 0.75, 0.74), **hospital),
     )
-    said = "ε ≤ 7.96 for any one hospital, δ\u00a00.0001, central noise"
+    said = "ε ≤ 7.96 for any one hospital, δ\u00a00.0001, central noise (seeded)"
     assert said in paragraph(results, "privacy cost")
     assert f"It is private ({said})" in paragraph(results, "at once")
     assert "one image, δ" not in paragraph(results, "at once")

@@ -70,7 +70,7 @@ def test_epsilon_is_the_largest_and_void_if_any_artefact_is_void():
     assert (rows[f"{DP}, int8"].claim, rows[f"{DP}, int8"].promise) == (None, "")
     assert rows[f"{DP}, int8"].void == ("calibrated on training images",)
     assert rows[f"{DP}, fp32"].epsilon == 7.96
-    assert rows[f"{DP}, fp32"].claim == ("example", 1e-4, "local", 0)
+    assert rows[f"{DP}, fp32"].claim == ("example", 1e-4, "local", 0, True)
 
 
 def test_a_guarantee_that_accounted_for_nothing_is_none():

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from trilemma.evaluation.measurement import Measurement
 from trilemma.privacy.guarantee import Guarantee
+from trilemma.privacy.noise import noise_source_in_words
 from trilemma.report.export import COLUMNS, export_csv, export_json, export_latex, export_markdown, latex, markdown
 from trilemma.report.summary import summary_rows, written_rows
 from trilemma.report.terminal import answer_names, answer_table
@@ -204,7 +205,8 @@ def tables_of(results, tmp_path):
 
 
 def test_every_table_of_text_explains_its_signs_and_names_the_majority_class(results, tmp_path):
-    about = ["Majority class: 62.5 % of the test images.", "Epsilon is for any one image, δ 0.0001, local noise."]
+    claim = "any one image, δ 0.0001, local noise (seeded)"
+    about = ["Majority class: 62.5 % of the test images.", f"Epsilon is for {claim}."]
     lines = [SIGNS, *about]
     written, tex, terminal = tables_of(results, tmp_path)
     assert written.splitlines()[-3] == " ".join(lines).replace("62.5 %", "62.5\u00a0%").replace("δ ", "δ\u00a0")
@@ -212,7 +214,7 @@ def test_every_table_of_text_explains_its_signs_and_names_the_majority_class(res
     signs = r"$\star$ Pareto-optimal, $\downarrow$ at or below the majority class, -- not measured."
     assert signs in after
     assert r"Majority class: 62.5~\% of the test images." in after
-    assert r"Epsilon is for any one image, $\delta$~0.0001, local noise." in after
+    assert r"Epsilon is for any one image, $\delta$~0.0001, local noise (seeded)." in after
     assert [line.strip().replace("\u00a0", " ") for line in terminal.splitlines()[-3:]] == lines
 
 
@@ -225,9 +227,9 @@ def test_different_claims_stand_with_their_epsilons(tmp_path):
     both = replace(MADE[BOTH], unit="client", trust="central")
     results = build({PLAIN: MADE[PLAIN], DP: MADE[DP], BOTH: both})
     written, tex, terminal = (text.replace("\u00a0", " ") for text in tables_of(results, tmp_path))
-    assert written.count("| 7.96 (any one image, δ 0.0001, local noise) |") == 2
-    assert written.count("| 7.96 (any one hospital, δ 0.0001, central noise) |") == 2
-    assert tex.count(r"& 7.96 (any one hospital, $\delta$~0.0001, central noise) &") == 2
+    assert written.count("| 7.96 (any one image, δ 0.0001, local noise (seeded)) |") == 2
+    assert written.count("| 7.96 (any one hospital, δ 0.0001, central noise (seeded)) |") == 2
+    assert tex.count(r"& 7.96 (any one hospital, $\delta$~0.0001, central noise (seeded)) &") == 2
     assert terminal.count("hospital") == 2
     assert max(map(len, terminal.splitlines())) <= 80
     assert "0.947–0.977" in terminal
@@ -270,6 +272,16 @@ def test_seeded_noise_is_told_from_the_operating_systems(tmp_path):
         assert row["noise_source"] == said[row["configuration"]]
     for row in read_csv(tmp_path / "out.csv"):
         assert row["noise_source"] == (said[row["configuration"]] or "")
+
+
+@pytest.mark.parametrize(("kind", "seeded"), [("system", False), ("seeded", True)])
+def test_the_table_says_of_which_noise_an_epsilon_is(tmp_path, kind, seeded):
+    results = build({DP: MADE[DP]})
+    words = {"noise_source": noise_source_in_words(kind)}
+    artefacts = tuple(replace(a, guarantee=a.guarantee.model_copy(update=words)) for a in results.artefacts)
+    export_json(replace(results, artefacts=artefacts), tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["configurations"]
+    assert [row["seeded_noise"] for row in rows] == [seeded] * len(rows) and rows
 
 
 def test_json_holds_the_guarantee_of_each_artefact_and_not_only_of_its_training(results, tmp_path):

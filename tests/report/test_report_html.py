@@ -163,7 +163,7 @@ def test_the_main_table_says_what_epsilon_is_about(text):
     def caption(text):
         return re.search('<table id="configurations-table"><caption>(.*?)</caption>', text, re.S).group(1)
 
-    assert "ε is for any one image, δ\u00a00.0001, local noise, the largest over" in caption(text)
+    assert "ε is for any one image, δ\u00a00.0001, local noise (seeded), the largest over" in caption(text)
     patient = {label: replace(MADE[label], unit="patient") for label in (PLAIN, DP)}
     text = report_html(build(patient))
     assert "ε is for any one patient" in caption(text)
@@ -171,7 +171,7 @@ def test_the_main_table_says_what_epsilon_is_about(text):
     text = report_html(build({DP: MADE[DP], BOTH: replace(MADE[BOTH], unit="patient")}))
     assert "compared only where unit, δ and noise are the same" in caption(text)
     for words in ("any one image", "any one patient"):
-        assert text.count(f'<span class="range">{words}, δ\u00a00.0001, local noise</span>') == 2
+        assert text.count(f'<span class="range">{words}, δ\u00a00.0001, local noise (seeded)</span>') == 2
     assert "ε" not in caption(report_html(build({PLAIN: MADE[PLAIN]}))).replace("usefulness, ε, robustness", "")
 
 

@@ -9,7 +9,7 @@ from trilemma.report.configurations import configuration_rows, headline
 from trilemma.report.pareto import Point, dominates, pareto_optimal, pareto_rows, robust_score
 
 LEVELS = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
-CLAIMS = st.sampled_from([Claim("example", 1e-5, "local", 0), Claim("client", 0.1, "central", 0)])
+CLAIMS = st.sampled_from([Claim("example", 1e-5, "local", 0, False), Claim("client", 0.1, "central", 0, True)])
 SIZES = st.sampled_from([1.0, 2.0, 4.0])
 POINTS = st.builds(Point, LEVELS, st.sampled_from([1.0, 8.0]), LEVELS, SIZES, CLAIMS) | st.builds(
     Point, LEVELS, st.just(float("inf")), LEVELS, SIZES, st.none()

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from trilemma.privacy.guarantee import Guarantee, Trust, Unit
+from trilemma.privacy.noise import noise_source_in_words
 
 #: Unit -> what a guarantee protects, in the words that stand in `Guarantee.in_words` too.
 PROTECTED: dict[Unit, str] = {"example": "any one image", "patient": "any one patient", "client": "any one hospital"}
@@ -16,22 +17,26 @@ class Claim(NamedTuple):
         delta: Probability with which the bound may fail.
         trust: Who adds the noise.
         num_colluding: Under trust "distributed": how many hospitals may side with the server.
+        seeded: Whether the noise came from a seed, and so protects from nobody who knows that.
     """
 
     unit: Unit
     delta: float
     trust: Trust
     num_colluding: int
+    seeded: bool
 
     @property
     def in_words(self) -> str:
-        """Returns "any one patient, δ 1e-05, local noise", to follow "for"."""
+        """Returns "any one patient, δ 1e-05, local noise (seeded)", to follow "for"."""
         colluding = f", {self.num_colluding} colluding" if self.num_colluding else ""
-        return f"{PROTECTED[self.unit]}, δ\u00a0{self.delta:g}, {self.trust} noise{colluding}"
+        seeded = " (seeded)" if self.seeded else ""
+        return f"{PROTECTED[self.unit]}, δ\u00a0{self.delta:g}, {self.trust} noise{seeded}{colluding}"
 
 
 def claim_of(guarantee: Guarantee) -> Claim | None:
     """Returns what a guarantee's epsilon is about, or None where nothing may be claimed."""
     if guarantee.epsilon is None or guarantee.delta is None:
         return None
-    return Claim(guarantee.unit, guarantee.delta, guarantee.trust, guarantee.num_colluding)
+    seeded = guarantee.noise_source != noise_source_in_words("system")  # where nobody said, no more is claimed
+    return Claim(guarantee.unit, guarantee.delta, guarantee.trust, guarantee.num_colluding, seeded)

@@ -94,7 +94,7 @@ class Row:
 
     @property
     def promise(self) -> str:
-        """Returns "ε ≤ 7.96 for any one image, δ 1e-05, local noise", or "" where nothing may be claimed."""
+        """Returns "ε ≤ 7.96 for any one image, δ 1e-05, local noise (seeded)", or "" where nothing may be claimed."""
         if self.epsilon is None or self.claim is None:
             return ""
         return f"ε ≤ {numbers.epsilon(self.epsilon)} for {self.claim.in_words}"

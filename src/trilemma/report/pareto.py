@@ -28,8 +28,8 @@ class Point(NamedTuple):
 def dominates(a: Point, b: Point) -> bool:
     """Returns whether a is at least as good as b in everything and better in something.
 
-    Any guarantee is at least as good as none. Two that do not claim the same (unit, delta and trust) cannot be
-    compared, so neither is at least as good as the other.
+    Any guarantee is at least as good as none. Two that do not claim the same (unit, delta, trust, source of the noise)
+    cannot be compared, so neither is at least as good as the other.
     """
     if b.epsilon != float("inf") and a.claim != b.claim:
         return False

@@ -79,6 +79,7 @@ def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
         "delta": row.claim.delta if row.claim else None,
         "privacy_unit": row.claim.unit if row.claim else None,
         "trust": row.claim.trust if row.claim else None,
+        "seeded_noise": row.claim.seeded if row.claim else None,
         "no_guarantee_because": "; ".join(row.void),
         "robust_evaluation": by.evaluation or None,
         "robust_radius": by.radius if by.evaluation else None,
