@@ -1,7 +1,7 @@
 """What every source yields and everything else reads: labelled images with their patients and sites."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -72,6 +72,10 @@ def concatenate(parts: Sequence[Records]) -> Records:
     )
 
 
+#: Said of a data set whose validation images stand in for its test images.
+ON_VALIDATION = "measured on validation"
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Three splits of labelled images, as a source yields them.
@@ -106,6 +110,16 @@ class Dataset:
     def image_size(self) -> int:
         """Returns the height, which is the width."""
         return int(self.train.images_NCHW.shape[2])
+
+
+    def evaluated_on_validation(self) -> "Dataset":
+        """Returns the data set with its validation images in the place of its test images, and says so."""
+        return replace(
+            self,
+            name=f"{self.name}, {ON_VALIDATION}",
+            test=self.val,
+            warnings=(*self.warnings, "What is called test here is the validation split; the test split is not used."),
+        )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from trilemma.data.partition import by_site, dirichlet, iid, quantity
 from trilemma.data.pcam import load_pcam
 from trilemma.data.phantom import PhantomPlan, load_phantom
 from trilemma.data.pneumonia import load_pneumonia
-from trilemma.data.records import Dataset, Partition
+from trilemma.data.records import ON_VALIDATION, Dataset, Partition
 from trilemma.data.roots import DataRoots
 from trilemma.spec import Spec
 
@@ -27,7 +27,36 @@ Share = Annotated[float, Field(gt=0, le=1e9)]  # far below where sums overflow, 
 Divide = Callable[[Dataset, int], Partition]
 
 
-class Phantom(Spec):
+class Source(Spec):
+    """Base of every data set that a study may name.
+
+    Attributes:
+        evaluate_on: What evaluations measure on: "test", or "val" to choose settings without a look at the test images.
+    """
+
+    evaluate_on: Literal["test", "val"] = "test"
+
+    @property
+    def label(self) -> str:
+        """Returns a short name for tables."""
+        return self.title if self.evaluate_on == "test" else f"{self.title}, {ON_VALIDATION}"
+
+    @property
+    def title(self) -> str:
+        """Returns a short name of the source alone."""
+        raise NotImplementedError
+
+    def load(self, roots: DataRoots) -> Dataset:
+        """Returns the data set with the images to be measured on as its test split."""
+        dataset = self.read(roots)
+        return dataset if self.evaluate_on == "test" else dataset.evaluated_on_validation()
+
+    def read(self, roots: DataRoots) -> Dataset:
+        """Returns the data set as its source has it."""
+        raise NotImplementedError
+
+
+class Phantom(Source):
     """Procedural chest-radiograph phantoms; synthetic, and said to be so wherever they are shown.
 
     Attributes:
@@ -64,11 +93,11 @@ class Phantom(Spec):
         return self
 
     @property
-    def label(self) -> str:
-        """Returns a short name for tables."""
+    def title(self) -> str:
+        """Returns a short name."""
         return f"phantom {self.size}"
 
-    def load(self, roots: DataRoots) -> Dataset:
+    def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set, rendered or from the cache."""
         plan = PhantomPlan(
             size=self.size,
@@ -82,7 +111,7 @@ class Phantom(Spec):
         return load_phantom(plan, roots)
 
 
-class Medmnist(Spec):
+class Medmnist(Source):
     """A 2-D set of MedMNIST v2, from `medmnist/` in the data folder, the cache or Zenodo.
 
     Attributes:
@@ -108,16 +137,16 @@ class Medmnist(Spec):
     size: Literal[28, 64, 128, 224] = 28
 
     @property
-    def label(self) -> str:
-        """Returns a short name for tables."""
+    def title(self) -> str:
+        """Returns a short name."""
         return f"{self.name} {self.size}"
 
-    def load(self, roots: DataRoots) -> Dataset:
+    def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set, downloaded if need be."""
         return load_medmnist(self.name, self.size, roots)
 
 
-class Pneumonia(Spec):
+class Pneumonia(Source):
     """The paediatric chest X-rays of Kermany et al. (2018) in their published folder layout.
 
     Attributes:
@@ -136,16 +165,16 @@ class Pneumonia(Spec):
     val_fraction: Fraction = 0.1
 
     @property
-    def label(self) -> str:
-        """Returns a short name for tables."""
+    def title(self) -> str:
+        """Returns a short name."""
         return f"chest X-rays {self.size}, {self.classes} classes"
 
-    def load(self, roots: DataRoots) -> Dataset:
+    def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set, decoded or from the cache."""
         return load_pneumonia(self.folder, self.classes, self.size, self.mode, self.val_fraction, roots)
 
 
-class Folder(Spec):
+class Folder(Source):
     r"""The user's own images in `train|test/CLASS/*` (or `Training|Testing`), `val` too or made from train.
 
     Attributes:
@@ -176,16 +205,16 @@ class Folder(Spec):
         return pattern
 
     @property
-    def label(self) -> str:
-        """Returns a short name for tables."""
+    def title(self) -> str:
+        """Returns a short name."""
         return f"{Path(self.path).name} {self.size}"
 
-    def load(self, roots: DataRoots) -> Dataset:
+    def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set, decoded or from the cache."""
         return load_folder(self.path, self.size, self.mode, self.val_fraction, self.patient, roots)
 
 
-class Manifest(Spec):
+class Manifest(Source):
     """The user's own images listed in a CSV file: path, label and, if known, patient, site and split.
 
     Attributes:
@@ -204,16 +233,16 @@ class Manifest(Spec):
     test_fraction: Fraction = 0.2
 
     @property
-    def label(self) -> str:
-        """Returns a short name for tables."""
+    def title(self) -> str:
+        """Returns a short name."""
         return f"{Path(self.path).stem} {self.size}"
 
-    def load(self, roots: DataRoots) -> Dataset:
+    def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set, decoded or from the cache."""
         return load_manifest(self.path, self.size, self.mode, (self.val_fraction, self.test_fraction), roots)
 
 
-class Cifar10(Spec):
+class Cifar10(Source):
     """CIFAR-10 (Krizhevsky 2009), the published python or binary batches.
 
     Attributes:
@@ -226,16 +255,16 @@ class Cifar10(Spec):
     val_fraction: Fraction = 0.1
 
     @property
-    def label(self) -> str:
-        """Returns a short name for tables."""
+    def title(self) -> str:
+        """Returns a short name."""
         return "CIFAR-10"
 
-    def load(self, roots: DataRoots) -> Dataset:
+    def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set."""
         return load_cifar10(self.path, self.val_fraction, roots)
 
 
-class Pcam(Spec):
+class Pcam(Source):
     """PatchCamelyon (Veeling et al. 2018), the published HDF5 files.
 
     Attributes:
@@ -248,11 +277,11 @@ class Pcam(Spec):
     max_records: Annotated[int, Field(ge=2)] | None = None
 
     @property
-    def label(self) -> str:
-        """Returns a short name for tables."""
+    def title(self) -> str:
+        """Returns a short name."""
         return "PatchCamelyon" if self.max_records is None else f"PatchCamelyon, {self.max_records} per split"
 
-    def load(self, roots: DataRoots) -> Dataset:
+    def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set."""
         return load_pcam(self.path, self.max_records, roots)
 

@@ -1,5 +1,6 @@
 """One number with everything needed to read it."""
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,6 +40,11 @@ class Measurement(NamedTuple):
     radius: float | None = None
     source: str | None = None
     client: str | None = None
+
+
+def on_split(measurements: Iterable[Measurement], split: str) -> tuple[Measurement, ...]:
+    """Returns measurements as made on a split."""
+    return tuple(measurement._replace(split=split) for measurement in measurements)
 
 
 class Outcome(NamedTuple):

@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from trilemma.evaluation.measurement import Outcome
+from trilemma.evaluation.measurement import Outcome, on_split
 from trilemma.evaluation.robustness import robust_measurements, worst_logits
 from trilemma.evaluation.specs import AllAtOnce, Clean, EvaluationSpec, FgsmAttack, PgdAttack, Transfer
 from trilemma.study.keys import evaluation_key
@@ -94,6 +94,6 @@ def _combined(
         spec={**spec.model_dump(mode="json"), "label": spec.label},
         provenance=provenance(place.torch_device),
         seconds=time.perf_counter() - started,
-        measurements=tuple(measurements),
+        measurements=on_split(measurements, training.data.evaluate_on),
         outcomes=tuple(outcomes),
     )

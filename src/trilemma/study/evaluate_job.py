@@ -12,7 +12,7 @@ from trilemma.data.records import Dataset, Records
 from trilemma.evaluation.clean import clean_measurements
 from trilemma.evaluation.cost import cost_measurements
 from trilemma.evaluation.harness import Target, agreement_measurements, attack_images, attacked_logits, clean_logits
-from trilemma.evaluation.measurement import Measurement, Outcome
+from trilemma.evaluation.measurement import Measurement, Outcome, on_split
 from trilemma.evaluation.metrics import predictions
 from trilemma.evaluation.robustness import robust_measurements
 from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
@@ -136,7 +136,7 @@ def _row(
         spec={**spec.model_dump(mode="json"), "label": spec.label},
         provenance=provenance(place.torch_device),
         seconds=time.perf_counter() - started,
-        measurements=tuple(measurements),
+        measurements=on_split(measurements, cell.training.spec.data.evaluate_on),
         outcomes=tuple(outcomes),
         examples=tuple(examples or ()),
     )
