@@ -111,14 +111,17 @@ class Dataset:
         """Returns the height, which is the width."""
         return int(self.train.images_NCHW.shape[2])
 
-
     def evaluated_on_validation(self) -> "Dataset":
         """Returns the data set with its validation images in the place of its test images, and says so."""
         return replace(
             self,
             name=f"{self.name}, {ON_VALIDATION}",
             test=self.val,
-            warnings=(*self.warnings, "What is called test here is the validation split; the test split is not used."),
+            warnings=(
+                *self.warnings,
+                "Measured on the validation images, which are called test here; other notes on test are about images "
+                "not used.",
+            ),
         )
 
 
