@@ -8,7 +8,7 @@ from trilemma.models.classifier import Classifier
 from trilemma.models.specs import Resnet9
 from trilemma.models.vector import num_params
 from trilemma.privacy.clipping import clipped_gradient_sum
-from trilemma.privacy.clipping_rules import Automatic, Flat, PerLayer, clipped_row_sum, total_norms
+from trilemma.privacy.clipping_rules import Automatic, Flat, PerLayer, clipped_row_sum, row_norms, total_norms
 from trilemma.robustness.objectives import mean_cross_entropy
 
 KINDS = [Flat, PerLayer, Automatic]
@@ -143,3 +143,16 @@ def test_labels_with_further_dimensions_reach_the_loss_untouched():
     flat = nn.functional.cross_entropy(classifier(x_BVCHW.flatten(0, 1)), y_BV.flatten(), reduction="sum")
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(flat, list(classifier.parameters()))])
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 1023, 1024, 1025, 3_000_000])
+def test_norms_keep_their_digits_at_any_length(length):
+    rows_NP = torch.randn(2, length, generator=torch.Generator().manual_seed(0))
+    exact_N = rows_NP.double().norm(dim=1)
+    assert ((row_norms(rows_NP) - exact_N).abs() <= 5e-7 * exact_N).all()
+
+
+def test_norms_of_rows_that_are_not_finite_or_empty():
+    rows_NP = torch.tensor([[torch.inf, 1.0], [torch.nan, 1.0], [3.0, 4.0]])
+    assert row_norms(rows_NP).tolist()[2] == 5.0 and not row_norms(rows_NP)[:2].isfinite().any()
+    assert row_norms(torch.empty(0, 5000)).shape == (0,) and row_norms(torch.zeros(2, 0)).tolist() == [0.0, 0.0]

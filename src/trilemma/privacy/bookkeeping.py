@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from trilemma.models.classifier import Classifier
 from trilemma.privacy import clipping, layers
 from trilemma.privacy.clipping import ClippedSum, RecordLoss
-from trilemma.privacy.clipping_rules import Clipper, Flat, total_norms
+from trilemma.privacy.clipping_rules import Clipper, Flat, row_norms, total_norms
+from trilemma.randomness import global_seed
 
 #: Numbers of layer inputs that one pass notes at most, 4 bytes each: bounds memory at any batch size, and what stays in
 #: a cache is faster than what does not.
@@ -69,15 +70,17 @@ def clipped_gradient_sum(
     norms, losses = [total_P.new_zeros(0, len(group_sizes))], [total_P.new_zeros(0)]
     chunk = max(1, verdict.images // x_BVCHW.shape[1])
     for x, y in zip(x_BVCHW.split(chunk), y_B.split(chunk), strict=True):
-        if not len(y):
-            continue
-        parts, loss_B = _parts(classifier, loss, x, y)
-        norm_BG = _norms(parts, group_of, len(group_sizes))
-        if norm_BG.isfinite().all():
-            total_P += _weighted_sum(parts, clipper.weights(norm_BG)[:, group_of])
-        else:  # 0 times infinity is no number; the reference leaves such records out, norms and sum from one pass
-            sum_P, _, loss_B, norm_BG = clipping.clipped_gradient_sum(classifier, loss, x, y, clipper)
-            total_P += sum_P
+        left_B = torch.ones(len(y), dtype=torch.bool, device=y.device)
+        norm_BG, loss_B = total_P.new_zeros(len(y), len(group_sizes)), total_P.new_zeros(len(y))
+        while left_B.any():
+            parts, loss_B[left_B] = _parts(classifier, loss, x[left_B], y[left_B])
+            norm_BG[left_B] = own_BG = _norms(parts, group_of, len(group_sizes))
+            if own_BG.isfinite().all():
+                total_P += _weighted_sum(parts, clipper.weights(own_BG)[:, group_of])
+                break
+            # 0 times infinity is no number: such a unit counts as zero, and the others are done again without it, for
+            # norms and sum must come from one pass.
+            left_B &= norm_BG.isfinite().all(1)
         norms.append(norm_BG)
         losses.append(loss_B)
     norms_BG = torch.cat(norms)
@@ -114,7 +117,9 @@ def _verdict(classifier: Classifier, image_shape: torch.Size) -> _Verdict:
     circumstances = image_shape, classifier.training, trainable
     if circumstances not in verdicts:
         reason = _structural_reason(classifier)
-        verdicts[circumstances] = _Verdict(reason) if reason is not None else _probed(classifier, image_shape)
+        # A network may draw in its forward pass; the training's draws must not depend on whether it was probed before.
+        with global_seed(0, "probe"):
+            verdicts[circumstances] = _Verdict(reason) if reason is not None else _probed(classifier, image_shape)
     return verdicts[circumstances]
 
 
@@ -248,16 +253,27 @@ def _layer_parts(module: nn.Module, pairs: list[tuple[Tensor, ...]]) -> dict[int
         # The norm and the sum come from different sums here, so both need all digits: a sum that was rounded to fewer
         # would change, for one unit more, by more than that unit's clipped gradient.
         x, g = (layers.full(tensor) for tensor in pairs[0])
-        squared_B = layers.ghost_squared_norm(module, x, g)
-        if layers.ghost_is_exact(x, g, squared_B):
-            names.remove("weight")
-            parts[id(module.weight)] = _Part(
-                squared_B, lambda weight_B: layers.weighted_weight_gradient(module, x, g, weight_B)
-            )
+        names.remove("weight")
+        parts[id(module.weight)] = _ghost(module, x, g)
     calls = [layers.per_unit_gradients(module, x, g, names) for x, g in pairs]
     for name in names:
         parts[id(getattr(module, name))] = _held(sum((call[name] for call in calls[1:]), calls[0][name]))
     return parts
+
+
+def _ghost(module: nn.Module, x: Tensor, g: Tensor) -> _Part:
+    """Returns a weight's part without any unit's gradient, but for units whose ghost norm lost its digits."""
+    squared_B = layers.ghost_squared_norm(module, x, g)
+    lost_B = layers.ghost_lost_digits(module, x, g, squared_B)
+    if not lost_B.any():
+        return _Part(squared_B, lambda weight_B: layers.weighted_weight_gradient(module, x, g, weight_B))
+    held = _held(layers.per_unit_gradients(module, x[lost_B], g[lost_B], ["weight"])["weight"])
+
+    def weighted_sum(weight_B: Tensor) -> Tensor:
+        others_P = layers.weighted_weight_gradient(module, x, g, weight_B.masked_fill(lost_B, 0.0))
+        return others_P + held.weighted_sum(weight_B[lost_B])
+
+    return _Part(squared_B.masked_scatter(lost_B, held.squared_norm_B), weighted_sum)
 
 
 def _norms(parts: list[_Part], group_of: list[int], num_groups: int) -> Tensor:
@@ -281,7 +297,7 @@ def _group_of_each_parameter(classifier: Classifier, group_sizes: tuple[int, ...
 
 
 def _held(gradients_BP: Tensor) -> _Part:
-    return _Part(torch.linalg.vector_norm(gradients_BP, dim=1).square(), lambda weight_B: weight_B @ gradients_BP)
+    return _Part(row_norms(gradients_BP).square(), lambda weight_B: weight_B @ gradients_BP)
 
 
 def _unused(parameter: nn.Parameter, nothing_B: Tensor) -> _Part:

@@ -92,10 +92,24 @@ class Automatic:
 
 Clipper = Flat | PerLayer | Automatic
 
+#: Numbers whose squares are added up one after the other.
+_PIECE = 1024
+
 
 def total_norms(norms_BG: Tensor) -> Tensor:
     """Returns each row's norm over all groups, shape (B,)."""
     return norms_BG[:, 0] if norms_BG.shape[1] == 1 else norms_BG.square().sum(1).sqrt()
+
+
+def row_norms(rows_NP: Tensor) -> Tensor:
+    """Returns each row's norm, shape (N,), to a relative error of some 1e-7 at any length.
+
+    torch's norm adds up the squares one after the other: of 11 million numbers it is off by 4e-4, and what was clipped
+    by it is too long by as much. Norms of short pieces, whose squares torch's sum adds pairwise, are as fast.
+    """
+    whole = rows_NP.shape[1] // _PIECE * _PIECE
+    pieces_NQ = torch.linalg.vector_norm(rows_NP[:, :whole].unflatten(1, (-1, _PIECE)), dim=2)
+    return (pieces_NQ.square().sum(1) + rows_NP[:, whole:].square().sum(1)).sqrt()
 
 
 def clipped_row_sum(rows_NP: Tensor, group_sizes: tuple[int, ...], clipper: Clipper) -> tuple[Tensor, Tensor]:
@@ -107,7 +121,7 @@ def clipped_row_sum(rows_NP: Tensor, group_sizes: tuple[int, ...], clipper: Clip
         clipper: Bounds each row.
     """
     parts = rows_NP.split(group_sizes, dim=1)
-    norms_NG = torch.stack([part.norm(dim=1) for part in parts], dim=1)
+    norms_NG = torch.stack([row_norms(part) for part in parts], dim=1)
     weight_NG = clipper.weights(norms_NG)
     unsound_N1 = ~norms_NG.isfinite().all(1, keepdim=True)
     sums = [weight_NG[:, g] @ part.masked_fill(unsound_N1, 0.0) for g, part in enumerate(parts)]
