@@ -23,8 +23,10 @@ class Run:
         history: One dict per round: {"round", "loss", "val_accuracy", "bytes_up", "bytes_down", "seconds"}.
         guarantee: What may be claimed of its model.
         provenance: Versions, git revision, CPU flags, device, threads, as JSON.
-        seconds: Wall time of the training, over all its resumptions.
-        peak_memory_bytes: Largest resident set of the process while it trained (on Linux; elsewhere since it began).
+        seconds: Wall time of the training, over all its resumptions; None where it would tell how many hospitals were
+            drawn, which the guarantee of unit "client" takes for secret.
+        peak_memory_bytes: Largest resident set of the process while it trained (on Linux; elsewhere since it
+            began); None like `seconds`.
         num_parameters: Trainable parameters.
     """
 
@@ -36,8 +38,8 @@ class Run:
     history: list[dict[str, Any]]
     guarantee: Guarantee
     provenance: dict[str, Any]
-    seconds: float
-    peak_memory_bytes: int
+    seconds: float | None
+    peak_memory_bytes: int | None
     num_parameters: int
 
 

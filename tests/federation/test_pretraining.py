@@ -161,8 +161,9 @@ def test_the_studys_own_images_are_not_public(split):
     dataset, public = tiny_dataset(), public_dataset()
     images = public.train.images_NCHW.copy()
     images[17] = getattr(dataset, split).images_NCHW[3]
-    with pytest.raises(UserError, match=f"1 training images of public stripes are {split} images of stripes"):
-        refuse_unfit(dataset, replace(public, train=replace(public.train, images_NCHW=images)))
+    for studied in (dataset, dataset.evaluated_on_validation()):  # the test images are nobody's there either
+        with pytest.raises(UserError, match=f"1 training images of public stripes are {split} images of stripes"):
+            refuse_unfit(studied, replace(public, train=replace(public.train, images_NCHW=images)))
 
 
 def test_weights_that_become_infinite_are_refused():

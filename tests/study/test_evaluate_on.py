@@ -64,6 +64,24 @@ def test_the_test_images_are_not_handed_out(roots):
     }
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            'base.pretraining={ data = { kind = "phantom", size = 16, evaluate_on = "val" } }',
+            "nothing is measured here",
+        ),
+        ('compressions=[{ kind = "int8", calibration = "val" }]', "the very images that evaluate_on = 'val' measures"),
+    ],
+)
+def test_what_makes_no_sense_with_it_is_refused(trilemma, tmp_path, wrong, message):
+    study = write_study(tmp_path, SMALLEST)
+    chosen = ("--set", "base.data.evaluate_on=val")
+    assert trilemma("check", study, *chosen)[0] == 0
+    code, _, err = trilemma("check", study, *chosen, "--set", wrong)
+    assert code == 2 and message in " ".join(err.split())
+
+
 def test_the_report_and_check_say_so(trilemma, tmp_path):
     study = write_study(tmp_path, SMALLEST.replace('kind = "phantom"', 'kind = "phantom", evaluate_on = "val"'))
     code, out, _ = trilemma("check", study)

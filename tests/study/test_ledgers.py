@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.pictures import write_images
 from helpers.tiny_study import PRIVATE, plan_of, rows_of, write_study
 from trilemma.data.records import Records
 from trilemma.errors import UserError
@@ -266,6 +267,33 @@ def test_patients_and_clients_have_books_too(create, run, study, tmp_path):
     clients = patients.replace("patient", "client").replace("noise", 'trust = "central", noise')
     assert create(50.0, clients)[0] == 0 and run(clients)[0] == 0
     assert [(book.terms.num_units, book.events[0].steps) for book in books_in(tmp_path)] == [(2, 3), (2, 3)]
+
+
+def test_books_of_patients_need_patients(create, tmp_path):
+    names = [f"{split}/{label}/{i}.png" for split in ("train", "test") for label in "ab" for i in range(12)]
+    write_images(tmp_path / "images", names)
+    folder = f'base.data={{ kind = "folder", path = "{tmp_path / "images"}", size = 16 }}'
+    patients = 'base.privacy={ kind = "dp_sgd", unit = "patient", noise_multiplier = 2.0, delta = 1e-3 }'
+    code, _, err = create(50.0, patients, folder, 'base.partition={ kind = "iid", num_clients = 2 }')
+    assert code == 2 and "needs to know whose images are whose" in err
+    assert not (tmp_path / "books").exists()
+
+
+HOSPITAL = 'base.privacy={ kind = "dp_sgd", unit = "client", trust = "central", noise_multiplier = 2.0, delta = 0.4 }'
+
+
+@pytest.mark.parametrize(("changes", "told"), [((), True), (("--set", HOSPITAL), False)])
+def test_time_and_memory_are_told_of_no_training_whose_hospitals_are_drawn(trilemma, study, tmp_path, changes, told):
+    store = ("--store", tmp_path / "store")
+    assert trilemma("run", study, *store, "--quiet", *changes)[0] == 0
+    for name in ("out.json", "out.csv"):
+        assert trilemma("export", study, tmp_path / name, *store, *changes)[0] == 0
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    (training,), (row,) = found["trainings"], found["configurations"]
+    numbers = training["seconds"], training["peak_memory_bytes"], row["training_seconds"]
+    assert [number is not None for number in numbers] == [told] * 3
+    rows = [line for line in (tmp_path / "out.csv").read_text().splitlines() if ",training_seconds," in line]
+    assert rows and all(("it would tell how many hospitals took part" in line) != told for line in rows)
 
 
 def test_books_count_for_the_images_they_were_made_for(create, run, trilemma, study, tmp_path):

@@ -88,6 +88,8 @@ class Dataset:
         source: Where the images come from and their licence, one sentence.
         fingerprint: Hash of every image and label; a store refuses to mix two.
         warnings: What the user should know (duplicates across splits ...), one sentence each.
+        unseen: The test images where the validation images are measured on in their place: not to be looked at, and
+            nothing that is called public may hold one of them. None where `test` is the test split.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Dataset:
     source: str
     fingerprint: str
     warnings: tuple[str, ...] = ()
+    unseen: Records | None = None
 
     @property
     def channels(self) -> int:
@@ -117,6 +120,7 @@ class Dataset:
             self,
             name=f"{self.name}, {ON_VALIDATION}",
             test=self.val,
+            unseen=self.test,
             warnings=(
                 *self.warnings,
                 "Measured on the validation images, which are called test here; other notes on test are about images "

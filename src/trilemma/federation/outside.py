@@ -37,7 +37,7 @@ def outside_phrases(
         *malicious_outside(federation),
         _COUNTED[privacy.unit],
         _curves(privacy),
-        "what a report tells of the data: counts of classes and patients, test images and test accuracies",
+        "what a report tells of the data: counts of classes and patients, test or validation images and accuracies",
         "other models trained on the same images: where several are released, their epsilons and deltas add up",
         "the choice of settings, if they were chosen by looking at private results",
         *patients_outside(federation, privacy, max(promised.values(), default=0.0)),
@@ -51,8 +51,9 @@ def outside_phrases(
         )
     if privacy.unit == "client":
         phrases.append(
-            "which hospitals took part in which round: the server must keep it secret, and with it what tells of it, "
-            "each round's traffic and time; no report or export holds them, whoever runs the study can see them"
+            "which hospitals took part in which round: the server must keep it secret, and with it what tells of it, the "
+            "traffic, memory and time of each round and in all; no report or export holds them, whoever runs the study "
+            "can see them"
         )
     honest = {name: steps for name, steps in events.items() if name in promised}
     phrases += _of_noise(privacy) + _of_curious_hospitals(federation, privacy, honest)

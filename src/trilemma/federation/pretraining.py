@@ -75,8 +75,9 @@ def refuse_unfit(dataset: Dataset, public: Dataset) -> None:
                 "Use images of the same size and channels for both",
             )
     pretrained = digests(public.train)
-    for split in ("train", "val", "test"):
-        shared = len(set(digests(getattr(dataset, split))).intersection(pretrained))
+    unseen = dataset.test if dataset.unseen is None else dataset.unseen
+    for split, records in (("train", dataset.train), ("val", dataset.val), ("test", unseen)):
+        shared = len(set(digests(records)).intersection(pretrained))
         if shared:
             raise UserError(
                 "pretraining.data",

@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trilemma.attacks.poisoning.specs import NoThreat, ThreatSpec
 from trilemma.data.specs import DataSpec, Iid, PartitionSpec, Phantom
@@ -144,6 +144,13 @@ class Pretraining(Spec):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     batch_size: int = Field(default=64, ge=2)
     augmentation: Augmentation = Augmentation()
+
+    @field_validator("data")
+    @classmethod
+    def _not_measured_on(cls, data: DataSpec) -> DataSpec:
+        if data.evaluate_on != "test":
+            raise ValueError("evaluate_on says what a study measures on, and nothing is measured here; leave it out")
+        return data
 
     @property
     def label(self) -> str:

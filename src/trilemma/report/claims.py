@@ -8,6 +8,9 @@ from trilemma.privacy.noise import noise_source_in_words
 #: Unit -> what a guarantee protects, in the words that stand in `Guarantee.in_words` too.
 PROTECTED: dict[Unit, str] = {"example": "any one image", "patient": "any one patient", "client": "any one hospital"}
 
+#: Why a training's time and memory are not told.
+TIME_IS_SECRET = "it would tell how many hospitals took part, which the guarantee takes for secret"
+
 
 class Claim(NamedTuple):
     """What an epsilon is about.

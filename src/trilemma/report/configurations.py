@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from trilemma.evaluation.measurement import Measurement
 from trilemma.report import numbers
-from trilemma.report.claims import Claim, claim_of
+from trilemma.report.claims import TIME_IS_SECRET, Claim, claim_of
 from trilemma.report.estimates import Estimate, estimate, exact
 from trilemma.results import Artefact, DataFacts, Evaluated, Results, Run
 
@@ -175,6 +175,14 @@ def configuration_rows(results: Results) -> tuple[Row, ...]:
     return tuple(_row(cells, results.data) for cells in groups.values())
 
 
+def _training_seconds(cells: list[_Cell]) -> Estimate:
+    by_seed = {seed: [c.run.seconds for c in same] for seed, same in _by_seed(cells).items()}
+    told = [
+        (seed, sum(s for s in seconds if s is not None)) for seed, seconds in by_seed.items() if None not in seconds
+    ]
+    return exact(told, reason=TIME_IS_SECRET)
+
+
 def claims_of(rows: Iterable[Row]) -> tuple[Claim, ...]:
     """Returns what the rows' epsilons are about, each once; more than one cannot all be compared."""
     return tuple(dict.fromkeys(row.claim for row in rows if row.claim is not None))
@@ -258,7 +266,7 @@ def _row(cells: list[_Cell], data: tuple[DataFacts, ...]) -> Row:
         latency_1=_cost(cells, "latency_batch1_seconds"),
         latency_32=_cost(cells, "latency_batch32_seconds"),
         bytes_per_round=_traffic(cells),
-        training_seconds=exact((seed, sum(c.run.seconds for c in same)) for seed, same in _by_seed(cells).items()),
+        training_seconds=_training_seconds(cells),
         constant=tuple(phrase for cell in cells if (phrase := _constant(cell, data))),
     )
 

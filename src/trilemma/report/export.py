@@ -16,7 +16,7 @@ from typing import Any
 
 from trilemma.atomic import atomic_write
 from trilemma.evaluation.measurement import Measurement
-from trilemma.report.claims import claim_of
+from trilemma.report.claims import TIME_IS_SECRET, claim_of
 from trilemma.report.configurations import void_reasons
 from trilemma.report.datasets import DataUsed, data_in_words, data_of
 from trilemma.report.markup import clean
@@ -154,7 +154,9 @@ def _of_training(run: Run, artefact: Artefact) -> Iterator[Measurement]:
     why = "; ".join(void_reasons(artefact))
     status = "ok" if epsilon is not None else "withheld"
     yield Measurement("epsilon", epsilon, unit="coefficient", split="train", status=status, reason=why)
-    yield Measurement("training_seconds", run.seconds, unit="seconds", split="train")
+    told = run.seconds is not None
+    status, why = ("ok", "") if told else ("withheld", TIME_IS_SECRET)
+    yield Measurement("training_seconds", run.seconds, unit="seconds", split="train", status=status, reason=why)
 
 
 def _row(study: str, run: Run, artefact: Artefact, data: DataUsed, m: Measurement) -> dict[str, Any]:

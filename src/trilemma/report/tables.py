@@ -263,8 +263,8 @@ def training_table(results: Results) -> Html:
             str(len(run.history)),
             numbers.NO_VALUE if accuracy is None else numbers.percent(accuracy),
             numbers.NO_VALUE if loss is None else numbers.decimal(loss),
-            numbers.duration(run.seconds),
-            numbers.byte_size(run.peak_memory_bytes),
+            numbers.NO_VALUE if run.seconds is None else numbers.duration(run.seconds),
+            numbers.NO_VALUE if run.peak_memory_bytes is None else numbers.byte_size(run.peak_memory_bytes),
             f"{run.num_parameters:,}".replace(",", "\u202f"),
         ]
         body.append(tag("tr", tag("th", run.configuration, scope="row"), *(tag("td", cell) for cell in cells)))

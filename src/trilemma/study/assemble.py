@@ -58,6 +58,7 @@ def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
     if row is None:
         missing.append(f"training {training.configuration}, seed {training.spec.seed}")
         return None
+    secret = row.guarantee.unit == "client"  # time and memory tell how many hospitals were drawn
     return Run(
         key=row.key,
         configuration=training.configuration,
@@ -67,8 +68,8 @@ def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
         history=row.history,
         guarantee=row.guarantee,
         provenance=row.provenance,
-        seconds=row.seconds,
-        peak_memory_bytes=row.peak_memory_bytes,
+        seconds=None if secret else row.seconds,
+        peak_memory_bytes=None if secret else row.peak_memory_bytes,
         num_parameters=row.num_parameters,
     )
 

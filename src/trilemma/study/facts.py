@@ -5,13 +5,13 @@ from typing import Any
 from trilemma.data.records import Dataset
 from trilemma.data.specs import DataSpec
 from trilemma.data.summary import client_rows
-from trilemma.errors import Failure
+from trilemma.errors import Failure, UserError
 from trilemma.evaluation.metrics import majority_class
 from trilemma.federation.pretraining import refuse_unfit
 from trilemma.federation.training import prepare
 from trilemma.results import DataFacts
 from trilemma.spec import content_key
-from trilemma.study.plan import Plan, Training
+from trilemma.study.plan import Cell, Plan, Training
 from trilemma.study.store import Store
 from trilemma.study.workplace import Workplace
 
@@ -42,9 +42,21 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
     """
     for training in plan.trainings:
         prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
+    for cell in plan.cells:
+        _refuse_calibration_on_measured(cell)
     pairs = dict.fromkeys((t.spec.data, t.spec.pretraining.data) for t in plan.trainings if t.spec.pretraining)
     for data, public in pairs:
         refuse_unfit(place.dataset(data), public.load(place.roots))
+
+
+def _refuse_calibration_on_measured(cell: Cell) -> None:
+    chosen = getattr(cell.compression, "calibration", "public")
+    if chosen == "val" and cell.training.spec.data.evaluate_on == "val":
+        raise UserError(
+            "compressions.calibration",
+            "'val' sets the activation ranges on the very images that evaluate_on = 'val' measures",
+            "Calibrate on 'public' or 'train' images, or measure on the test images",
+        )
 
 
 def public_data(plan: Plan) -> list[DataSpec]:

@@ -12,6 +12,7 @@ import torch
 import trilemma
 from trilemma.data.records import Dataset, Records
 from trilemma.errors import UserError
+from trilemma.federation.clients import refuse_unknown_patients
 from trilemma.privacy.guarantee import Unit
 from trilemma.privacy.specs import DpSgd
 from trilemma.spec import content_key
@@ -70,9 +71,15 @@ def study_holdings(plan: Plan, place: Workplace) -> tuple[Unit, list[Holding]]:
 
 
 def training_holdings(training: Training, dataset: Dataset) -> list[Holding]:
-    """Returns what each hospital of a private training holds, in the partition's order."""
+    """Returns what each hospital of a private training holds, in the partition's order.
+
+    Raises:
+        UserError: If patients are to be protected that the data do not name.
+    """
     spec = training.spec
     assert isinstance(spec.privacy, DpSgd)
+    if spec.privacy.unit == "patient":
+        refuse_unknown_patients(dataset)
     partition = spec.partition.make()(dataset, spec.seed)
     held = []
     for owner, index in zip(partition.clients, partition.train, strict=True):
