@@ -355,6 +355,17 @@ def test_what_hides_is_found(module, reason):
     assert reason in why_slow(seeded(lambda: Classifier(module(), CLASSES)), torch.Size([1, 16, 16]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_net
+def test_a_gpu_gives_the_same_sum(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    classifier, (x, y) = NETS[name](), batch(5)
+    expected = clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(0.1))
+    found = clipped_gradient_sum(classifier.cuda(), mean_cross_entropy, x.cuda(), y.cuda(), Flat(0.1))
+    torch.testing.assert_close(found.norms_B.cpu(), expected.norms_B, rtol=1e-4, atol=0)
+    assert (found.sum_P.cpu() - expected.sum_P).norm() <= 1e-4 * expected.sum_P.norm()
+
+
 class Draws(nn.Module):
     """Dropout without a layer of its own: what the probe cannot switch off."""
 

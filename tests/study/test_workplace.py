@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from trilemma.data.roots import DataRoots
 from trilemma.study.workplace import Workplace
@@ -22,3 +23,9 @@ def test_cublas_is_asked_for_the_same_sums_on_every_run(monkeypatch, device, bef
         assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == after
     finally:
         Workplace(Path(), roots, "cpu", 1, os.getpid()).enter()
+
+
+def test_float32_is_not_rounded_to_fewer_bits(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    Workplace(Path(), DataRoots(Path("data"), Path("cache")), "cpu", 1, os.getpid()).enter()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

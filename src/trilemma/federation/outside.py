@@ -51,9 +51,9 @@ def outside_phrases(
         )
     if privacy.unit == "client":
         phrases.append(
-            "which hospitals took part in which round: the server must keep it secret, and with it what tells of it, the "
-            "traffic, memory and time of each round and in all; no report or export holds them, whoever runs the study "
-            "can see them"
+            "which hospitals took part in which round: the server must keep it secret, and with it what tells of it, "
+            "the traffic, memory and time of each round and in all; no report or export holds them, whoever runs the "
+            "study can see them"
         )
     honest = {name: steps for name, steps in events.items() if name in promised}
     phrases += _of_noise(privacy) + _of_curious_hospitals(federation, privacy, honest)

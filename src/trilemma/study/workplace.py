@@ -64,7 +64,7 @@ class Workplace:
         return torch.device(self.device)
 
     def enter(self) -> None:
-        """Sets this process up for a job: threads, and the same sums on every run."""
+        """Sets this process up for a job: threads, the same sums on every run, and float32 that is float32."""
         torch.set_num_threads(self.threads)
         if self.device == "cuda":
             # Read when cuBLAS starts, so before the first product on the GPU; without it matrix products may differ
@@ -72,6 +72,9 @@ class Workplace:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.device == "cuda", warn_only=True)
         torch.backends.cudnn.benchmark = False
+        # cuDNN's default rounds a convolution's factors to 10 bits (https://docs.pytorch.org/docs/stable/notes/cuda.html):
+        # norms would be off by a thousandth, and so would the clip.
+        torch.backends.cudnn.allow_tf32 = False
 
     def abandoned(self) -> bool:
         """Returns whether the study's process is gone, so that nobody would take the result."""
