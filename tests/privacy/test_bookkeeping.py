@@ -425,6 +425,7 @@ def cancelling(module: nn.Module, rel: float, seed: int):
 CANCELLING = {
     "linear": lambda: nn.Linear(512, 512),
     "convolution": lambda: nn.Conv2d(256, 256, 3, padding=1),
+    "wide convolution": lambda: nn.Conv2d(64, 64, 7, padding=3),
     "embedding": lambda: nn.Embedding(4, 200),
 }
 
@@ -449,6 +450,16 @@ def test_norms_keep_their_digits_where_gradients_cancel(name, rel, seed):
             sum_P = part.weighted_sum(torch.eye(3)[unit])
         norm = part.squared_norm_B[unit].double().sqrt()
         assert abs(sum_P.double().norm() - norm) <= 1e-5 * norm
+
+
+def test_many_positions_alone_lose_no_digits():
+    """Their ghost norm is small beside the product of its factors because they point anywhere."""
+    module, draws = seeded(lambda: nn.Linear(1024, 1024)), torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, 1, 197, 1024, generator=draws), torch.randn(2, 1, 197, 1024, generator=draws)
+    squared_B = bookkeeping.layers.ghost_squared_norm(module, x, g)
+    assert bookkeeping.layers.ghost_pays(module, x, g)
+    assert (squared_B < bookkeeping.layers.CANCELLATION * x.square().sum((1, 2, 3)) * g.square().sum((1, 2, 3))).all()
+    assert not bookkeeping.layers.ghost_lost_digits(module, x, g, squared_B).any()
 
 
 def double(x, g):

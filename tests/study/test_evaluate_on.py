@@ -82,6 +82,18 @@ def test_what_makes_no_sense_with_it_is_refused(trilemma, tmp_path, wrong, messa
     assert code == 2 and message in " ".join(err.split())
 
 
+def test_what_cannot_be_measured_says_so_of_the_same_images(trilemma, tmp_path):
+    transfer = '[[evaluations]]\nkind = "transfer"\nradius = "4/255"\nsteps = 1\n'
+    study = write_study(
+        tmp_path, SMALLEST.replace('kind = "phantom"', 'kind = "phantom", evaluate_on = "val"') + transfer
+    )
+    where = ("--store", tmp_path / "store")
+    assert trilemma("run", study, *where, "--quiet")[0] == 0
+    assert trilemma("export", study, tmp_path / "out.csv", *where)[0] == 0
+    (row,) = [line for line in (tmp_path / "out.csv").read_text().splitlines() if "undefined" in line]
+    assert ",val,undefined," in row
+
+
 def test_the_report_and_check_say_so(trilemma, tmp_path):
     study = write_study(tmp_path, SMALLEST.replace('kind = "phantom"', 'kind = "phantom", evaluate_on = "val"'))
     code, out, _ = trilemma("check", study)

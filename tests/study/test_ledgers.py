@@ -293,7 +293,7 @@ def test_time_and_memory_are_told_of_no_training_whose_hospitals_are_drawn(trile
     numbers = training["seconds"], training["peak_memory_bytes"], row["training_seconds"]
     assert [number is not None for number in numbers] == [told] * 3
     rows = [line for line in (tmp_path / "out.csv").read_text().splitlines() if ",training_seconds," in line]
-    assert rows and all(("it would tell how many hospitals took part" in line) != told for line in rows)
+    assert rows and all(("they would tell how many hospitals took part" in line) != told for line in rows)
 
 
 def test_books_count_for_the_images_they_were_made_for(create, run, trilemma, study, tmp_path):

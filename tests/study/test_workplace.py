@@ -25,7 +25,12 @@ def test_cublas_is_asked_for_the_same_sums_on_every_run(monkeypatch, device, bef
         Workplace(Path(), roots, "cpu", 1, os.getpid()).enter()
 
 
-def test_float32_is_not_rounded_to_fewer_bits(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    Workplace(Path(), DataRoots(Path("data"), Path("cache")), "cpu", 1, os.getpid()).enter()
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+def test_float32_is_not_rounded_to_fewer_bits():
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    try:
+        convolutions.allow_tf32 = products.allow_tf32 = True
+        Workplace(Path(), DataRoots(Path("data"), Path("cache")), "cpu", 1, os.getpid()).enter()
+        assert not convolutions.allow_tf32 and not products.allow_tf32
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before

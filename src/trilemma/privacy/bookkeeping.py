@@ -79,7 +79,8 @@ def clipped_gradient_sum(
                 total_P += _weighted_sum(parts, clipper.weights(own_BG)[:, group_of])
                 break
             # 0 times infinity is no number: such a unit counts as zero, and the others are done again without it, for
-            # norms and sum must come from one pass.
+            # norms and sum must come from one pass. Where the network draws (dropout), that pass draws anew, from the
+            # same distribution.
             left_B &= norm_BG.isfinite().all(1)
         norms.append(norm_BG)
         losses.append(loss_B)

@@ -21,7 +21,7 @@ from trilemma.errors import Failure, UserError
 from trilemma.privacy.guarantee import DpEvent, Trust, Unit
 from trilemma.privacy.noise import NoiseKind
 
-#: Version of the format; a book of a newer one is refused.
+#: Version of the format; a book of a newer one is refused. Until 1.0 lines may get fields that older builds refuse.
 VERSION = 1
 
 Positive = Annotated[float, Field(gt=0)]

@@ -9,7 +9,7 @@ from trilemma.privacy.noise import noise_source_in_words
 PROTECTED: dict[Unit, str] = {"example": "any one image", "patient": "any one patient", "client": "any one hospital"}
 
 #: Why a training's time and memory are not told.
-TIME_IS_SECRET = "it would tell how many hospitals took part, which the guarantee takes for secret"
+TIME_IS_SECRET = "they would tell how many hospitals took part, which the guarantee takes for secret"
 
 
 class Claim(NamedTuple):

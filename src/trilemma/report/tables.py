@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from trilemma.report import numbers
+from trilemma.report.claims import TIME_IS_SECRET
 from trilemma.report.configurations import ATTACK_STRENGTH, Headline, Row, claims_of
 from trilemma.report.estimates import Estimate
 from trilemma.report.markup import Content, Html, tag
@@ -269,7 +270,10 @@ def training_table(results: Results) -> Html:
         ]
         body.append(tag("tr", tag("th", run.configuration, scope="row"), *(tag("td", cell) for cell in cells)))
     titles = ["Configuration", "seed", "rounds", "validation accuracy", "loss", "time", "peak memory", "parameters"]
-    return table("Every training at its last round.", [header(titles)], body)
+    caption = "Every training at its last round."
+    if any(run.seconds is None for run in results.runs):
+        caption += f" Time and memory are not told where {TIME_IS_SECRET}."
+    return table(caption, [header(titles)], body)
 
 
 def clients_table(rows: Sequence[Row]) -> Html:

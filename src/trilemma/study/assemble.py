@@ -1,7 +1,7 @@
 """From the store to what a report reads: the results of one study, and what is missing of it."""
 
 from trilemma.evaluation.estimates import undefined
-from trilemma.evaluation.measurement import Measurement
+from trilemma.evaluation.measurement import Measurement, on_split
 from trilemma.evaluation.specs import AllAtOnce, Transfer
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 from trilemma.study.combine import combined_key, pair_keys, why_undefined
@@ -93,7 +93,7 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
         keys = [] if combined else [evaluation_key(cell.key, spec)]
         measurements: tuple[Measurement, ...] = ()
         if combined and (reason := why_undefined(plan, cell, spec)):
-            measurements = _undefined(spec, reason)
+            measurements = on_split(_undefined(spec, reason), cell.training.spec.data.evaluate_on)
         elif combined:
             keys = [combined_key(plan, cell, spec)]
         keys += pair_keys(plan, cell, spec) if isinstance(spec, Transfer) else []

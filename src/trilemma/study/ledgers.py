@@ -107,7 +107,7 @@ def read_books(where: Path) -> list[Ledger]:
 
 
 def unpromised_phrases(plan: Plan, place: Workplace) -> list[str]:
-    """Returns whose images a study's guarantees leave out though their books are charged: malicious hospitals'."""
+    """Returns whose images a study's guarantees leave out, though a book would be charged: malicious hospitals'."""
     phrases = []
     for training in plan.trainings:
         if not isinstance(training.spec.threat, NoThreat) and isinstance(training.spec.privacy, DpSgd):

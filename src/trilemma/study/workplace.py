@@ -72,9 +72,9 @@ class Workplace:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.device == "cuda", warn_only=True)
         torch.backends.cudnn.benchmark = False
-        # cuDNN's default rounds a convolution's factors to 10 bits (https://docs.pytorch.org/docs/stable/notes/cuda.html):
-        # norms would be off by a thousandth, and so would the clip.
-        torch.backends.cudnn.allow_tf32 = False
+        # cuDNN's default, and cuBLAS's where the environment asks for it, round factors to 10 bits
+        # (https://docs.pytorch.org/docs/stable/notes/cuda.html): norms and clip would be off by a thousandth.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     def abandoned(self) -> bool:
         """Returns whether the study's process is gone, so that nobody would take the result."""
