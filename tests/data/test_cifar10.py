@@ -154,6 +154,12 @@ def test_plain_data_are_read_as_pickle_reads_them(value, protocol):
     assert read_inert(pickle.dumps(value, protocol=protocol)) == value
 
 
+def test_an_escape_that_no_writer_makes_is_damage():
+    """Python only warns of it, and users would see that."""
+    with pytest.raises(ValueError, match="damaged: DeprecationWarning"):
+        read_inert(b"S'\\u'\n.")
+
+
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_damaged_pickles_end_in_a_value_error(data):

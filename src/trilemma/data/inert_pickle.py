@@ -7,6 +7,7 @@ instruction is an error.
 """
 
 import pickletools
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,12 +68,19 @@ def read_inert(data: bytes) -> Any:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # an escape that no writer of pickles makes
+            for opcode, argument, _ in pickletools.genops(data):
+                machine.step(opcode.name, argument)
         (result,) = machine.stack
-    except (IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"damaged: {type(error).__name__} {error}") from None
     return machine.finished(result)
+
+
+_DAMAGE = (
+    IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError, DeprecationWarning,
+)  # fmt: skip
 
 
 class _Machine:

@@ -1,6 +1,7 @@
 """What a study may say about its data and how they are divided."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +28,7 @@ Share = Annotated[float, Field(gt=0, le=1e9)]  # far below where sums overflow, 
 Divide = Callable[[Dataset, int], Partition]
 
 
-class Source(Spec):
+class Source(Spec, ABC):
     """Base of every data set that a study may name.
 
     Attributes:
@@ -42,18 +43,18 @@ class Source(Spec):
         return self.title if self.evaluate_on == "test" else f"{self.title}, {ON_VALIDATION}"
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """Returns a short name of the source alone."""
-        raise NotImplementedError
 
     def load(self, roots: DataRoots) -> Dataset:
         """Returns the data set with the images to be measured on as its test split."""
         dataset = self.read(roots)
         return dataset if self.evaluate_on == "test" else dataset.evaluated_on_validation()
 
+    @abstractmethod
     def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set as its source has it."""
-        raise NotImplementedError
 
 
 class Phantom(Source):
