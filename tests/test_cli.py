@@ -105,7 +105,7 @@ def test_list_and_show(done, trilemma, monkeypatch):
     assert (code, err) == (0, "") and "No guarantee" in out and '"width": 4' in out and "parameters" in out
     for cell in plan.cells:
         assert cell.key in out
-        code, shown, _ = trilemma("show", cell.key[3:], "--store", store)  # without "s1:"
+        code, shown, _ = trilemma("show", cell.key[3:], "--store", store)  # without "s2:"
         assert code == 0 and cell.training.key in shown and f"{cell.key.replace(':', '-')}.onnx" in shown
 
 
@@ -302,7 +302,7 @@ def test_requests_of_the_store_that_cannot_be(done, trilemma, tmp_path):
         (["list", "--store", tmp_path / "none"], 2, "no store here"),
         (["show", "zzz", "--store", store], 2, "trilemma list"),
         (["show", "", "--store", store], 2, "names nothing"),
-        (["show", "s1", "--store", store], 2, "several"),
+        (["show", "s2", "--store", store], 2, "several"),
         (["run", tmp_path / "none.toml"], 2, "no such file"),
         (["check", tmp_path], 2, "could not be read"),
         (["export", study, tmp_path / "study.toml" / "out.csv", "--store", store], 1, "could not be written"),
@@ -328,7 +328,7 @@ def test_a_store_of_a_newer_version(done, trilemma, tmp_path, command):
     db.execute("PRAGMA user_version = 99")
     db.close()
     before = (folder / "store.db").read_bytes()
-    named = {"list": [], "show": ["s1"], "export": [study, tmp_path / "out.csv"]}.get(command, [study])
+    named = {"list": [], "show": ["s2"], "export": [study, tmp_path / "out.csv"]}.get(command, [study])
     code, _, err = trilemma(command, *named, "--store", folder)
     assert code == 1 and "newer version" in err and "Update trilemma" in err
     assert (folder / "store.db").read_bytes() == before

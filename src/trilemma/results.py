@@ -71,7 +71,7 @@ class Evaluated:
     Attributes:
         artefact_key: The artefact.
         evaluation: Label, such as "PGD-10 Linf".
-        kind: "clean", "fgsm", "pgd", "transfer", "all_at_once" or "cost".
+        kind: As in the study file: "clean", "pgd" or another attack, "transfer", "all_at_once", "diagnostics", "cost".
         measurements: Every number.
         seconds: How long it took.
     """

@@ -10,9 +10,17 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-KEY_VERSION = "s1"
+KEY_VERSION = "s2"
 
 
 class Spec(BaseModel):
@@ -29,6 +37,12 @@ class Spec(BaseModel):
             if field and _has_bool(value) and not _mentions(field.annotation, bool):
                 raise ValueError(f"{name} takes neither true nor false")
         return values
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out optional fields that are None, so that a spec can get another one and all keys stay."""
+        fields = type(self).model_fields
+        return {name: v for name, v in write(self).items() if v is not None or fields[name].default is not None}
 
     @property
     def key(self) -> str:

@@ -2,13 +2,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from trilemma.attacks.poisoning.specs import AdversarialSamples, LabelFlip, NoThreat, ThreatSpec
-from trilemma.attacks.specs import EvasionSpec, Fgsm, Pgd
 
 
 def test_labels():
-    assert [spec.label for spec in (Fgsm(), Fgsm(random_start=True))] == ["FGSM", "FGSM random start"]
-    assert Pgd().label == "PGD-20"
-    assert Pgd(steps=5, restarts=3, step_size=0.5, loss="margin").label == "PGD-5x3 step 0.5 margin"
     assert NoThreat().label == "none"
     assert LabelFlip(num_malicious=1).label == "label flip 100 % by 1 client"
     assert LabelFlip(clients=(0, 2), mode="next", share=0.5).label == "label flip to next 50 % by clients 0, 2"
@@ -19,11 +15,6 @@ def test_labels():
 @pytest.mark.parametrize(
     ("union", "fields", "message"),
     [
-        (EvasionSpec, {"kind": "pgd", "steps": 0}, "greater than or equal to 1"),
-        (EvasionSpec, {"kind": "pgd", "step_size": 0}, "greater than 0"),
-        (EvasionSpec, {"kind": "pgd", "loss": "dlr"}, "'cross_entropy' or 'margin'"),
-        (EvasionSpec, {"kind": "cw"}, "'fgsm', 'pgd'"),
-        (EvasionSpec, {"kind": "fgsm", "radius": 0.1}, "Extra inputs"),
         (ThreatSpec, {"kind": "label_flip"}, "exactly one of num_malicious and clients"),
         (ThreatSpec, {"kind": "label_flip", "num_malicious": 1, "clients": [0]}, "exactly one"),
         (ThreatSpec, {"kind": "label_flip", "clients": []}, "one or more different indices"),

@@ -6,9 +6,10 @@ from torch.nn import functional as F
 from reference.naive_evasion import pgd_one
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.fgsm import fgsm
-from trilemma.attacks.evasion.frozen import cross_entropy, frozen, input_gradient, margin
+from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
 from trilemma.attacks.evasion.geometry import random_start
-from trilemma.attacks.evasion.pgd import pgd
+from trilemma.attacks.evasion.losses import cross_entropy, margin
+from trilemma.attacks.evasion.pgd import climb, pgd
 from trilemma.models.classifier import Classifier
 from trilemma.models.specs import Resnet9
 
@@ -76,10 +77,11 @@ def test_pgd_on_a_linear_model_is_the_closed_form(loss):
     x[0, 0, 0, 0] = 0.98  # the box cuts this one
     y = torch.tensor([0, 1, 0, 1, 0, 1])
     towards = torch.where(y == 0, 1.0, -1.0)[:, None, None, None] * weights.view(1, 1, 2, 2)
-    linf = pgd(classifier, x, y, Budget("linf", 0.1), generator(), steps=5, loss=loss)
+    linf = pgd(classifier, x, y, Budget("linf", 0.1), generator(), steps=5, loss=loss, stop=False)
     assert torch.allclose(linf, (x + 0.1 * towards.sign()).clamp(0, 1), atol=1e-6)
     inside = slice(1, None)
-    l2 = pgd(classifier, x[inside], y[inside], Budget("l2", 0.1), generator(), steps=40, step_size=1.0, loss=loss)
+    budget = Budget("l2", 0.1)
+    l2 = pgd(classifier, x[inside], y[inside], budget, generator(), steps=40, step_size=1.0, loss=loss, stop=False)
     assert torch.allclose(l2, x[inside] + 0.1 * towards[inside] / weights.norm(), atol=1e-5)
 
 
@@ -91,7 +93,7 @@ def test_pgd_matches_the_naive_twin(norm, loss, restarts):
     x = torch.rand(4, 1, 16, 16, generator=generator(3), dtype=torch.float64)
     y = torch.tensor([0, 1, 2, 1])
     budget, steps = Budget(norm, 0.05 if norm == "linf" else 0.5), 3
-    x_adv = pgd(classifier, x, y, budget, generator(4), steps=steps, restarts=restarts, loss=loss)
+    x_adv = pgd(classifier, x, y, budget, generator(4), steps=steps, restarts=restarts, loss=loss, stop=False)
     draws = generator(4)
     starts = [random_start(x, budget, draws) for _ in range(restarts)]
     for i in range(len(x)):
@@ -101,14 +103,14 @@ def test_pgd_matches_the_naive_twin(norm, loss, restarts):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_without_keep_best_the_last_iterate_comes_back(norm):
+def test_a_climb_returns_its_last_iterate(norm):
     classifier = Resnet9(width=4).make(1, 16, 3, seed=2).eval()
     x, y = torch.rand(4, 1, 16, 16, generator=generator(3)), torch.tensor([0, 1, 2, 1])
     budget = Budget(norm, 0.05)
-    x_adv = pgd(classifier, x, y, budget, generator(), steps=2, restarts=5, keep_best=False)
     again = random_start(x, budget, generator())
+    x_adv = climb(classifier, again, x, budget, lambda z: cross_entropy(z, y), steps=2)
     for _ in range(2):
-        gradient, _ = input_gradient(classifier, again, y, cross_entropy)
+        _, gradient = logits_and_gradient(classifier, again, lambda z: cross_entropy(z, y))
         direction = gradient.sign() if norm == "linf" else gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         delta = again + 1.25 * 0.05 * direction - x
         if norm == "linf":
@@ -124,11 +126,11 @@ def test_the_network_is_evaluated_once_per_step():
     classifier = Resnet9(width=4).make(1, 16, 2, seed=0)
     classifier.module.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     x, y = torch.rand(2, 1, 16, 16), torch.tensor([0, 1])
-    pgd(classifier, x, y, Budget("linf", 0.1), generator(), steps=4, restarts=2)
+    pgd(classifier, x, y, Budget("linf", 0.1), generator(), steps=4, restarts=2, stop=False)
     assert calls.count(True) == 8  # forward and backward
     assert calls.count(False) == 3  # forward only: the clean images and each restart's end
     calls.clear()
-    pgd(classifier, x, y, Budget("linf", 0.1), generator(), steps=4, keep_best=False)
+    climb(classifier, x, x, Budget("linf", 0.1), lambda z: margin(z, y), steps=4)
     assert calls == [True] * 4
 
 
@@ -175,21 +177,21 @@ def test_margin_by_hand_and_against_a_saturated_cross_entropy():
     assert margin(logits, torch.tensor([0, 2])).tolist() == [3.0, 150.0]
     classifier = linear_classifier([500.0] * 4, [-500.0] * 4)
     x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
-    assert input_gradient(classifier, x, y, cross_entropy).gradient_BCHW.abs().max() == 0
-    assert (input_gradient(classifier, x, y, margin).gradient_BCHW < 0).all()
+    assert logits_and_gradient(classifier, x, lambda z: cross_entropy(z, y))[1].abs().max() == 0
+    assert (logits_and_gradient(classifier, x, lambda z: margin(z, y))[1] < 0).all()
 
 
-def test_input_gradient_is_the_gradient_and_keeps_no_graph():
+def test_the_gradient_is_the_gradient_and_keeps_no_graph():
     classifier = linear_classifier([0.0] * 4, [1.0, -2.0, 3.0, -1.0])
     x, y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0])
     with frozen(classifier), torch.no_grad():
-        gradient, loss = input_gradient(classifier, x, y, cross_entropy)
-    assert torch.allclose(loss, F.cross_entropy(classifier(x), y, reduction="none"))
+        logits, gradient = logits_and_gradient(classifier, x, lambda z: cross_entropy(z, y))
+    assert torch.allclose(logits, classifier(x))
     wrong = torch.softmax(classifier(x), 1)[torch.arange(3), 1 - y]
     expected = torch.where(y == 0, 1.0, -1.0)[:, None] * wrong[:, None] * torch.tensor([1.0, -2.0, 3.0, -1.0])
     assert torch.allclose(gradient.flatten(1), expected, atol=1e-6)
     assert not gradient.requires_grad
-    assert not loss.requires_grad
+    assert not logits.requires_grad
 
 
 def test_frozen_restores_after_an_error_and_when_nested():
@@ -216,3 +218,38 @@ def test_a_broken_model_gives_finite_images():
         ):
             assert torch.isfinite(x_adv).all()
             assert (x_adv - x).abs().max() <= 0.1 + 1e-6
+
+
+def test_broken_images_leave_the_batch(trained):
+    classifier, x, y = trained
+    sizes, budget = [], Budget("linf", 0.18)
+    handle = classifier.module.register_forward_hook(lambda _, images, __: sizes.append(len(images[0])))
+    try:
+        stopped = pgd(classifier, x, y, budget, generator(), steps=10)
+        work = sum(sizes)
+        sizes.clear()
+        driven = pgd(classifier, x, y, budget, generator(), steps=10, stop=False)
+    finally:
+        handle.remove()
+    assert work < 0.95 * sum(sizes)
+    with torch.no_grad():
+        wrong = [classifier(x_adv).argmax(1) != y for x_adv in (stopped, driven)]
+        losses = [margin(classifier(x_adv), y).mean() for x_adv in (stopped, driven)]
+    assert torch.equal(*wrong)  # stopping saves work and no image
+    assert 0 < wrong[0].sum() < len(y)
+    assert losses[1] > losses[0]
+
+
+def test_an_image_is_broken_when_the_model_that_ships_says_so(trained):
+    classifier, x, y = trained
+
+    def stubborn(images):
+        """The twin with a bias towards the truth of the first half: it takes more to break these."""
+        with torch.no_grad():
+            return classifier(images) + 1.5 * F.one_hot(torch.where(images[:, 0, :, :8].mean((1, 2)) > 0.49, 0, 1), 2)
+
+    budget = Budget("linf", 0.18)
+    for_twin = pgd(classifier, x, y, budget, generator(), steps=20)
+    for_shipped = pgd(classifier, x, y, budget, generator(), steps=20, answers=stubborn)
+    broken = [(stubborn(x_adv).argmax(1) != y).float().mean() for x_adv in (for_twin, for_shipped)]
+    assert broken[1] > broken[0]

@@ -22,7 +22,7 @@ def test_every_kind_is_known_has_a_label_and_survives_json(given):
     spec = DATA.validate_python(given)
     assert spec.kind == given["kind"] and spec.label
     assert DATA.validate_json(spec.model_dump_json()) == spec
-    assert spec.key.startswith("s1:")
+    assert spec.key.startswith("s2:")
     with pytest.raises(ValidationError):
         DATA.validate_python(given | {"sizes": 3})
 

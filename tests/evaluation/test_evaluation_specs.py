@@ -2,13 +2,13 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from trilemma.attacks.budget import Budget
+from trilemma.attacks.evasion.specs import AutoAttack, Fgsm, MiFgsm, Pgd
 from trilemma.evaluation.specs import (
     AllAtOnce,
     Clean,
     Cost,
+    Diagnostics,
     EvaluationSpec,
-    FgsmAttack,
-    PgdAttack,
     Transfer,
 )
 
@@ -17,11 +17,13 @@ radii = ("1/255", "4/255")
 
 MEMBERS = [
     Clean(),
-    FgsmAttack(radii=radii),
-    PgdAttack(norm="l2", radii=[0.5, 1], steps=10, restarts=2),
-    Transfer(radii=radii),
-    AllAtOnce(attacks=[FgsmAttack(radii=radii), PgdAttack(radii=radii), Transfer(radii=radii)]),
+    Fgsm(radii=radii),
+    Pgd(norm="l2", radii=[0.5, 1], steps=10, restarts=2),
+    Transfer(attack=MiFgsm(radii=radii)),
+    AllAtOnce(attacks=[Fgsm(radii=radii), Pgd(radii=radii), Transfer(attack=Pgd(radii=radii))]),
     Cost(),
+    AutoAttack(radii=radii),
+    Diagnostics(radius="4/255"),
 ]
 
 
@@ -36,14 +38,16 @@ def test_labels_are_short_and_distinct():
         "clean",
         "FGSM Linf",
         "PGD-10x2 L2",
-        "transfer PGD-20 Linf",
+        "transfer MI-FGSM-10 Linf",
         "all at once Linf",
         "cost",
+        "AutoAttack Linf",
+        "diagnostics Linf 4/255",
     ]
 
 
 def test_a_radius_is_a_fraction_or_a_number_alone_or_in_a_list():
-    expected = FgsmAttack(radii=(4 / 255,))
+    expected = Fgsm(radii=(4 / 255,))
     assert read({"kind": "fgsm", "radius": "4/255"}) == expected
     assert read({"kind": "fgsm", "radii": "4/255"}) == expected
     assert read({"kind": "fgsm", "radii": [4 / 255]}).key == expected.key
@@ -66,7 +70,14 @@ def test_a_radius_is_a_fraction_or_a_number_alone_or_in_a_list():
         ({"kind": "pgd", "radius": 0.1, "norm": "l1"}, "linf"),
         ({"kind": "pgd", "radius": 0.1, "epsilon": 0.1}, "Extra inputs"),
         ({"kind": "fgsm", "radius": 0.1, "steps": 3}, "Extra inputs"),
-        ({"kind": "autoattack", "radius": 0.1}, "all_at_once"),
+        ({"kind": "autoattak", "radius": 0.1}, "all_at_once"),
+        ({"kind": "transfer"}, "a transfer needs radii"),
+        ({"kind": "transfer", "radius": 0.1, "step": 3}, "unknown field step; valid are attack"),
+        ({"kind": "transfer", "attack": {"kind": "square", "radius": 0.1}}, "'mifgsm'"),
+        ({"kind": "carlini_wagner", "norm": "linf", "radius": 0.1}, "minimises the L2 length"),
+        ({"kind": "apgd", "radius": 0.1, "num_targets": 1}, "aims at no class"),
+        ({"kind": "diagnostics", "radius": 0}, "greater than 0"),
+        ({"kind": "diagnostics", "radius": 4}, "beyond 1"),
         ({"kind": "cost", "repeats": 1}, "greater than or equal to 5"),
         ({"kind": "all_at_once", "attacks": [{"kind": "fgsm", "radius": 0.1}]}, "at least 2"),
         (
@@ -85,12 +96,12 @@ def test_impossible_values_are_refused_with_a_sentence(wrong, message):
 
 
 def test_an_l2_radius_may_be_large():
-    assert PgdAttack(norm="l2", radii=(3.0,)).budgets == (Budget("l2", 3.0),)
+    assert Pgd(norm="l2", radii=(3.0,)).budgets == (Budget("l2", 3.0),)
 
 
-def test_a_transfer_is_the_same_attack_elsewhere():
-    transfer = Transfer(radii=radii, steps=7, restarts=2, loss="margin")
-    assert transfer.on_the_source == PgdAttack(radii=radii, steps=7, restarts=2, loss="margin")
+def test_a_transfer_may_be_written_with_the_fields_of_pgd():
+    read_flat = read({"kind": "transfer", "radii": radii, "steps": 7, "restarts": 2, "loss": "margin"})
+    assert read_flat == Transfer(attack=Pgd(radii=radii, steps=7, restarts=2, loss="margin"))
 
 
 def test_all_at_once_has_the_budgets_of_its_attacks():

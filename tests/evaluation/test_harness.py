@@ -4,6 +4,7 @@ import torch
 
 from helpers.small_problem import stripes
 from trilemma.attacks.budget import Budget
+from trilemma.attacks.evasion.specs import Fgsm, Pgd
 from trilemma.evaluation import harness
 from trilemma.evaluation.harness import (
     Target,
@@ -15,7 +16,6 @@ from trilemma.evaluation.harness import (
     legal,
 )
 from trilemma.evaluation.metrics import predictions
-from trilemma.evaluation.specs import FgsmAttack, PgdAttack
 
 LINF, L2 = Budget("linf", 8 / 255), Budget("l2", 0.5)
 budgets = pytest.mark.parametrize("budget", [LINF, L2], ids=["linf", "l2"])
@@ -65,7 +65,7 @@ def test_images_that_are_not_numbers_become_the_clean_ones(target, test_records,
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_radius_zero_changes_nothing(target, test_records, norm):
-    evasion = PgdAttack(norm=norm, radii=(0.1,), steps=3).make()
+    evasion = Pgd(norm=norm, radii=(0.1,), steps=3).make()
     for attack in (evasion, _white_out):
         (logits_NK,) = attacked_logits(target.twin, [target], attack, Budget(norm, 0.0), test_records, 0)
         np.testing.assert_array_equal(logits_NK, clean_logits(target, test_records))
@@ -75,7 +75,7 @@ def test_radius_zero_changes_nothing(target, test_records, norm):
 def test_a_real_attack_hurts_the_shipped_model_float_or_int8(target, test_records, budget):
     labels_N = test_records.labels_N
     clean = (predictions(clean_logits(target, test_records)) == labels_N).mean()
-    evasion = PgdAttack(norm=budget.norm, radii=(budget.radius,), steps=5).make()
+    evasion = Pgd(norm=budget.norm, radii=(budget.radius,), steps=5).make()
     larger = Budget(budget.norm, 8 * budget.radius)
     (logits_NK,) = attacked_logits(target.twin, [target], evasion, larger, test_records, 0)
     assert clean > 0.95
@@ -84,7 +84,7 @@ def test_a_real_attack_hurts_the_shipped_model_float_or_int8(target, test_record
 
 def test_int8_falls_about_as_far_as_float(float_target, int8_target, test_records):
     """The negative control of gradient masking: rounding must not look like a defence."""
-    evasion, budget = PgdAttack(radii=(0.1,), steps=5).make(), Budget("linf", 0.1)
+    evasion, budget = Pgd(radii=(0.1,), steps=5).make(), Budget("linf", 0.1)
     fallen = []
     for target in (float_target, int8_target):
         (logits_NK,) = attacked_logits(target.twin, [target], evasion, budget, test_records, 0)
@@ -93,7 +93,7 @@ def test_int8_falls_about_as_far_as_float(float_target, int8_target, test_record
 
 
 def test_one_attack_is_judged_on_every_target(float_target, int8_target, test_records):
-    evasion = FgsmAttack(radii=(8 / 255,)).make()
+    evasion = Fgsm(radii=(8 / 255,)).make()
     both = attacked_logits(float_target.twin, [float_target, int8_target], evasion, LINF, test_records, 3)
     for logits_NK, target in zip(both, (float_target, int8_target), strict=True):
         (alone_NK,) = attacked_logits(float_target.twin, [target], evasion, LINF, test_records, 3)
@@ -103,7 +103,7 @@ def test_one_attack_is_judged_on_every_target(float_target, int8_target, test_re
 
 
 def test_the_seed_and_only_the_seed_decides(float_target, test_records):
-    evasion = PgdAttack(radii=(0.1,), steps=1).make()
+    evasion = Pgd(radii=(0.1,), steps=1).make()
     torch.manual_seed(0)
     first = attack_images(float_target.twin, evasion, LINF, test_records, 0)
     torch.manual_seed(1)
@@ -116,7 +116,7 @@ def test_the_seed_and_only_the_seed_decides(float_target, test_records):
 
 def test_an_empty_split_gives_empty_logits(float_target):
     empty = stripes(10, size=16).subset(np.arange(0))
-    evasion = FgsmAttack(radii=(0.1,)).make()
+    evasion = Fgsm(radii=(0.1,)).make()
     assert clean_logits(float_target, empty).shape == (0, 3)
     assert attacked_logits(float_target.twin, [float_target], evasion, LINF, empty, 0)[0].shape == (0, 3)
     assert attack_images(float_target.twin, evasion, LINF, empty, 0).shape == (0, 1, 16, 16)

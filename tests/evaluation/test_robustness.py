@@ -4,10 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trilemma.attacks.budget import Budget
+from trilemma.attacks.evasion.specs import Pgd
 from trilemma.evaluation.harness import Target, attacked_logits, clean_logits
 from trilemma.evaluation.intervals import wilson
 from trilemma.evaluation.robustness import robust_measurements, worst_logits
-from trilemma.evaluation.specs import PgdAttack
 from trilemma.models.classifier import Classifier
 
 
@@ -76,7 +76,7 @@ def test_an_attack_that_changes_nothing_leaves_the_clean_accuracy():
 
 
 def test_radius_zero_of_a_real_attack_leaves_the_clean_accuracy(target, test_records):
-    evasion, labels_N = PgdAttack(radii=(0.1,), steps=2).make(), test_records.labels_N
+    evasion, labels_N = Pgd(radii=(0.1,), steps=2).make(), test_records.labels_N
     clean_NK = clean_logits(target, test_records)
     (adv_NK,) = attacked_logits(target.twin, [target], evasion, Budget("linf", 0.0), test_records, 0)
     found = robust_measurements(adv_NK, clean_NK, labels_N, test_records.units(), 0.0, None, 0)
@@ -95,7 +95,7 @@ def test_a_constant_model_is_marked(test_records):
     target = Target("constant", classifier, classifier)
     labels_N = np.where(test_records.labels_N == 0, 1, test_records.labels_N)  # class 1 is the most frequent
     clean_NK = clean_logits(target, test_records)
-    evasion = PgdAttack(radii=(0.1,), steps=2).make()
+    evasion = Pgd(radii=(0.1,), steps=2).make()
     (adv_NK,) = attacked_logits(classifier, [target], evasion, Budget("linf", 0.1), test_records, 0)
     m = {m.metric: m for m in robust_measurements(adv_NK, clean_NK, labels_N, test_records.units(), 0.1, None, 0)}
     assert m["robust_accuracy"].value == (labels_N == 1).mean() > 0.5

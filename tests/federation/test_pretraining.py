@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from helpers.tiny_federation import CPU, DP, equal_states, tiny_dataset, tiny_federation, tiny_spec, trained_state
+from trilemma.attacks.evasion.specs import Pgd
 from trilemma.errors import UserError
 from trilemma.federation import pretraining
+from trilemma.federation.early_stopping import robust_shares
 from trilemma.federation.local_training import mean_gradient
 from trilemma.federation.pretraining import pretrain, refuse_unfit, transfer
 from trilemma.federation.round import run_round, watch
@@ -16,7 +18,9 @@ from trilemma.federation.specs import Pretraining, TrainSpec
 from trilemma.federation.training import guarantee, initial_state, trained_model
 from trilemma.models.specs import Resnet9, Resnet18
 from trilemma.models.vector import get_buffers, get_params
+from trilemma.randomness import generator
 from trilemma.robustness.objectives import standard
+from trilemma.robustness.specs import FgsmTraining
 
 HOW = {"data": {"kind": "phantom", "seed": 7}, "epochs": 4, "optimizer": "adam", "learning_rate": 0.01}
 
@@ -198,3 +202,43 @@ def test_the_guarantee_says_that_the_public_images_are_not_protected():
     real = {**HOW, "data": {"kind": "medmnist", "name": "breastmnist"}}
     assert federation.spec.pretraining.label == "pretrained on phantom 64 (synthetic)"
     assert tiny_spec(pretraining=real).pretraining.label == "pretrained on breastmnist 28"
+
+
+def test_an_adversarial_pretraining_is_the_defences_objective_and_draws_its_own():
+    how = {"epochs": 1, "optimizer": "sgd", "momentum": 0, "learning_rate": 0.3, "batch_size": 160}
+    defence = {"kind": "trades", "radius": 0.1, "steps": 2}
+    public = public_dataset()
+    federation, state = start(public, how={**how, "defence": defence})
+    model, objective = fresh().train(), federation.spec.pretraining.defence.make(0.0)
+    draws = generator(0, "pretraining", "defence")
+    order = torch.randperm(160, generator=generator(0, "pretraining", "batches")).tolist()
+    gradient_P, _ = mean_gradient(model, objective, public.train.x(order), public.train.y(order), draws)
+    assert torch.allclose(state.params_P, get_params(model) - 0.3 * gradient_P, atol=1e-5)
+    assert not torch.allclose(state.params_P, start(public, how=how)[1].params_P, atol=1e-3)
+    assert federation.spec.pretraining.label == "pretrained on phantom 64 (synthetic) by TRADES-2 beta 6 Linf 0.1"
+
+
+def test_its_radius_grows_over_the_pretraining_alone(monkeypatch):
+    moments, real = [], FgsmTraining.make
+    monkeypatch.setattr(FgsmTraining, "make", lambda self, progress: moments.append(progress) or real(self, progress))
+    start(public_dataset(17), how={"epochs": 3, "batch_size": 8, "defence": {"kind": "fgsm", "warmup": 0.5}})
+    assert moments == pytest.approx(np.arange(6) / 6)
+
+
+@pytest.mark.parametrize("num_records", [16, 17, 18])
+def test_steps_are_counted_beforehand(num_records):
+    how = Pretraining(data=tiny_spec().data, epochs=3, batch_size=8)
+    parts = list(pretraining._batches(num_records, how, torch.Generator().manual_seed(0)))
+    assert pretraining._num_steps(num_records, how) == len(parts)
+
+
+def test_an_adversarial_pretraining_is_free_under_dp_and_makes_the_start_robust():
+    defence = {"kind": "pgd", "radius": 0.03, "steps": 3, "warmup": 0.5}
+    attack, shares = Pgd(radii=(0.03,), steps=5), {}
+    for name, how in {"plain": {}, "adversarial": {"defence": defence}}.items():
+        how = {"epochs": 8, "batch_size": 32, "learning_rate": 0.005, **how}
+        federation, state = start(how=how, privacy=DP)
+        assert state.private_steps == {}
+        model = trained_model(federation, state)
+        shares[name] = robust_shares(model, federation.val, attack.make(), attack.budgets[0], 0).accuracy
+    assert shares["adversarial"] > shares["plain"] + 0.05

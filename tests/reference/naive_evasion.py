@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import torch
+from scipy.optimize import linprog, minimize
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,3 +48,97 @@ def pgd_one(classifier, x: Tensor, label: int, starts: list[Tensor], norm: str, 
         return int(logits.argmax()) != label, float(loss_one(logits, label, loss))
 
     return max(candidates, key=badness)
+
+
+def length_one(delta: Tensor, norm: str) -> float:
+    values = delta.flatten().tolist()
+    return max(map(abs, values)) if norm == "linf" else math.sqrt(sum(value * value for value in values))
+
+
+def plane_step_one(x: Tensor, normal: Tensor, gap: float, norm: str) -> Tensor:
+    """Returns the shortest delta with gap + <normal, delta> = 0 and x + delta in [0, 1], by general solvers.
+
+    Where no such delta exists, the corner that comes nearest.
+    """
+    flat, w = x.flatten().double().numpy(), normal.flatten().double().numpy()
+    up = -math.copysign(1.0, gap) * w
+    corner = np.where(up > 0, 1.0 - flat, np.where(up < 0, -flat, 0.0))
+    if abs(w @ corner) <= abs(gap):
+        return torch.from_numpy(corner).view_as(x)
+    if norm == "linf":  # the unknowns are delta and its largest entry
+        size = len(flat)
+        rows = np.block([[np.eye(size), -np.ones((size, 1))], [-np.eye(size), -np.ones((size, 1))]])
+        solved = linprog(
+            np.append(np.zeros(size), 1.0),
+            A_ub=rows,
+            b_ub=np.zeros(2 * size),
+            A_eq=np.append(w, 0.0)[None],
+            b_eq=[-gap],
+            bounds=[(-p, 1.0 - p) for p in flat] + [(0.0, None)],
+        )
+        largest = solved.x[-1]
+        # Only the largest entry is unique: of all solutions take the one that moves every pixel as far as it may.
+        delta = np.sign(up) * np.minimum(largest, np.abs(corner))
+    else:
+        solved = minimize(
+            lambda d: d @ d,
+            corner * abs(gap) / abs(w @ corner),
+            jac=lambda d: 2 * d,
+            bounds=[(-p, 1.0 - p) for p in flat],
+            constraints=[{"type": "eq", "fun": lambda d: gap + w @ d, "jac": lambda d: w}],
+            method="SLSQP",
+            options={"ftol": 1e-15, "maxiter": 1000},
+        )
+        delta = solved.x
+    assert solved.success, solved.message
+    return torch.from_numpy(delta).view_as(x)
+
+
+def nearest_plane_one(classifier, x: Tensor, label: int, classes: list[int], norm: str, beyond: float):
+    """Returns the gap and the normal of the nearest linearised boundary, one class after the other."""
+    best = None
+    for k in classes:
+        x_one = x.clone().requires_grad_(True)
+        logits = classifier(x_one[None])[0]
+        gap = logits[k] - logits[label]
+        (normal,) = torch.autograd.grad(gap, x_one)
+        slope = float(normal.abs().sum()) if norm == "linf" else float(normal.pow(2).sum().sqrt())
+        far = abs(gap.item()) / slope
+        if best is None or far < best[0]:
+            best = far, gap.item() - beyond * slope, normal
+    return best[1], best[2]
+
+
+def fab_one(classifier, x: Tensor, start: Tensor, label: int, classes: list[int], norm: str, steps: int, beyond: float):
+    """Algorithm 1 of Croce and Hein (2020b) from one start, without the final search.
+
+    Returns the least distance at which the classifier errs, and infinity where it never did.
+    """
+    alpha_max, eta, beta = 0.1, 1.05, 0.9
+    x_adv, least = start, math.inf
+    for _ in range(steps):
+        gap, normal = nearest_plane_one(classifier, x_adv, label, classes, norm, beyond)
+        here = plane_step_one(x_adv, normal, gap, norm)
+        origin = plane_step_one(x, normal, gap + float((normal * (x - x_adv)).sum()), norm)
+        alpha = min(length_one(here, norm) / (length_one(here, norm) + length_one(origin, norm)), alpha_max)
+        x_adv = ((1 - alpha) * (x_adv + eta * here) + alpha * (x + eta * origin)).clamp(0, 1)
+        if int(classifier(x_adv[None])[0].argmax()) != label:
+            least = min(least, length_one(x_adv - x, norm))
+            x_adv = (1 - beta) * x + beta * x_adv
+    return least
+
+
+def deepfool_one(classifier, x: Tensor, label: int, classes: list[int], norm: str, steps: int, beyond: float):
+    """Algorithm 2 of Moosavi-Dezfooli et al. (2016), tested with its overshoot; returns the image it ends at."""
+    total, x_adv = torch.zeros_like(x), x
+    for _ in range(steps):
+        gap, normal = nearest_plane_one(classifier, x_adv, label, classes, norm, beyond)
+        if norm == "linf":
+            step = abs(gap) / normal.abs().sum() * (-math.copysign(1.0, gap) * normal).sign()
+        else:
+            step = -gap / normal.pow(2).sum() * normal
+        total = total + (x_adv + step).clamp(0, 1) - x_adv
+        x_adv = (x + 1.02 * total).clamp(0, 1)
+        if int(classifier(x_adv[None])[0].argmax()) != label:
+            break
+    return x_adv

@@ -113,7 +113,7 @@ def test_what_was_not_attacked_is_missing_with_its_reason():
 
 def test_headline_is_the_strongest_attack_at_the_largest_common_radius():
     results = build()
-    assert headline(configuration_rows(results)) == ("auroc", "all at once", 8 / 255)
+    assert headline(configuration_rows(results)) == ("auroc", "all at once Linf", 8 / 255)
     weaker = replace(results, evaluated=tuple(e for e in results.evaluated if e.kind != "all_at_once"))
     assert headline(configuration_rows(weaker)).evaluation == "PGD-20 Linf"
     clean = replace(results, evaluated=tuple(e for e in results.evaluated if e.kind == "clean"))

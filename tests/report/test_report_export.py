@@ -117,7 +117,7 @@ def test_summary_rows_hold_none_for_missing_and_the_numbers_otherwise(results):
     assert rows[PLAIN, "fp32"]["no_guarantee_because"] == "training without differential privacy"
     assert rows[DP, "int8"]["epsilon"] == 7.96
     assert rows[DP, "int8"]["file_bytes"] == pick(results, DP, "int8")[0].file_bytes
-    assert rows[BOTH, "fp32"]["robust_evaluation"] == "all at once"
+    assert rows[BOTH, "fp32"]["robust_evaluation"] == "all at once Linf"
     clean = replace(results, evaluated=())
     assert all(row["accuracy"] is None and row["robust_accuracy"] is None for row in summary_rows(clean))
 

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from helpers.tiny_study import TINY, plan_of, run_plan, write_study
-from trilemma.evaluation.specs import AllAtOnce, PgdAttack, Transfer
+from trilemma.attacks.evasion.specs import Pgd
+from trilemma.evaluation.specs import AllAtOnce, Transfer
 from trilemma.report.configurations import configuration_rows, headline
 from trilemma.study.assemble import assemble
 from trilemma.study.check import check_study
@@ -33,7 +34,7 @@ def stored(plan, roots, tmp_path_factory):
     return folder, run_plan(plan, folder, roots)
 
 
-def specs_of(plan) -> tuple[PgdAttack, Transfer, AllAtOnce]:
+def specs_of(plan) -> tuple[Pgd, Transfer, AllAtOnce]:
     return plan.evaluations[1], plan.evaluations[2], plan.evaluations[3]
 
 

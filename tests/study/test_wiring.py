@@ -11,6 +11,7 @@ import torch
 
 from helpers.pictures import write_image, write_images
 from helpers.tiny_study import SMALLEST, plan_of, run_plan, write_study
+from trilemma.attacks.evasion.specs import Fgsm, Pgd
 from trilemma.compression import specs as compressions
 from trilemma.compression.fake_quantisation import quantise
 from trilemma.compression.specs import Int8
@@ -20,7 +21,7 @@ from trilemma.evaluation.clean import clean_measurements
 from trilemma.evaluation.cost import cost_measurements
 from trilemma.evaluation.intervals import share_interval
 from trilemma.evaluation.robustness import robust_measurements
-from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
+from trilemma.evaluation.specs import Clean, Cost, Transfer
 from trilemma.federation.round import run_round
 from trilemma.privacy.guarantee import Guarantee
 from trilemma.study import engine, evaluate_job, train_job
@@ -98,7 +99,7 @@ def test_int8_is_calibrated_on_the_images_that_its_guarantee_rests_on(plan, plac
 
 def test_what_is_judged_is_the_file_that_ships_and_never_its_twin(plan, place, clean):
     target, source = plan.cells
-    spec = PgdAttack(radii=("4/255",), steps=1)
+    spec = Pgd(radii=("4/255",), steps=1)
     attack = Attack(spec, source, False, Transfer(radii=("4/255",), steps=1), (target,), clean)
     (before,) = attack_job(place, attack)
     tensors, texts = load_tensors(place.files.twin(target.key))
@@ -177,7 +178,7 @@ def test_latency_is_measured_one_file_at_a_time_with_nothing_beside_it(plan, pla
     monkeypatch.setattr(engine, "run_jobs", watched)
     monkeypatch.setattr(evaluate_job, "cost_measurements", timed)
     # One attack, so that it needs no worker process, and two costs.
-    wanted = (Cost(repeats=5), FgsmAttack(radii=("1/255",)), Cost(repeats=6))
+    wanted = (Cost(repeats=5), Fgsm(radii=("1/255",)), Cost(repeats=6))
     run_plan(replace(plan, cells=plan.cells[:1], evaluations=wanted), place.folder, roots, jobs=2)
     with Store(place.folder) as store:
         assert all(store.evaluation(evaluation_key(plan.cells[0].key, spec)) for spec in wanted)
@@ -212,7 +213,7 @@ def test_another_seed_starts_an_attack_elsewhere(plan, place, clean, tmp_path):
     shutil.copy(files.weights(first.training.key), files.weights(second.training.key))
     for path in (StoreFiles.model, StoreFiles.twin):
         shutil.copy(path(files, first.key), path(files, second.key))
-    spec, rows = PgdAttack(radii=("8/255",), steps=2, step_size=0.1), []
+    spec, rows = Pgd(radii=("8/255",), steps=2, step_size=0.1), []
     for cell in (first, second, first):
         rows += attack_job(place, Attack(spec, cell, True, None, (), {cell.key: clean[first.key]}))
     logits = [row.outcomes[0].logits_NK for row in rows]

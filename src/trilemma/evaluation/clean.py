@@ -3,7 +3,16 @@
 import numpy as np
 
 from trilemma.evaluation import metrics
-from trilemma.evaluation.estimates import bootstrapped, class_rates, draws, missing_class, share, undefined
+from trilemma.evaluation.estimates import (
+    auroc,
+    bootstrapped,
+    class_rates,
+    draws,
+    missing_class,
+    not_finite,
+    share,
+    undefined,
+)
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.metrics import Floats, Integers
 
@@ -32,7 +41,7 @@ def clean_measurements(
         weights_RN = draws(units_N[mine_N], seed)
         of_client = (
             _accuracy(logits_NK[mine_N], labels_N[mine_N], units_N[mine_N]),
-            _auroc(logits_NK[mine_N], labels_N[mine_N], weights_RN),
+            auroc("auroc", logits_NK[mine_N], labels_N[mine_N], weights_RN),
         )
         pairs.append([measurement._replace(client=client) for measurement in of_client])
     measured = [pair for pair in pairs if pair[0].value is not None]
@@ -57,7 +66,7 @@ def _overall(logits_NK: Floats, labels_N: Integers, units_N: Integers, seed: int
     return [
         _accuracy(logits_NK, labels_N, units_N),
         bootstrapped("balanced_accuracy", balanced, weights_RN, missing),
-        _auroc(logits_NK, labels_N, weights_RN),
+        auroc("auroc", logits_NK, labels_N, weights_RN),
         bootstrapped("mcc", correlation, weights_RN, "all records are of one class", "coefficient"),
         *class_rates(answers_N, labels_N, num_classes, units_N, weights_RN),
         _calibration(logits_NK, labels_N, weights_RN),
@@ -69,26 +78,14 @@ def _accuracy(logits_NK: Floats, labels_N: Integers, units_N: Integers) -> Measu
     return share("accuracy", metrics.predictions(logits_NK) == labels_N, units_N, "test record")
 
 
-def _auroc(logits_NK: Floats, labels_N: Integers, weights_RN: Floats) -> Measurement:
-    if not np.isfinite(logits_NK).all():
-        return undefined("auroc", _not_finite(logits_NK), len(labels_N))
-    missing = missing_class(labels_N, logits_NK.shape[1])
-    return bootstrapped("auroc", lambda weights: metrics.auroc(logits_NK, labels_N, weights), weights_RN, missing)
-
-
 def _calibration(logits_NK: Floats, labels_N: Integers, weights_RN: Floats) -> Measurement:
     name = "expected_calibration_error"
     if not len(labels_N):
         return undefined(name, "there is no test record")
     if not np.isfinite(logits_NK).all():
-        return undefined(name, _not_finite(logits_NK), len(labels_N))
+        return undefined(name, not_finite(logits_NK), len(labels_N))
 
     def error(weights: Floats) -> Floats:
         return metrics.expected_calibration_error(logits_NK, labels_N, weights)
 
     return bootstrapped(name, error, weights_RN, "the value is not finite")
-
-
-def _not_finite(logits_NK: Floats) -> str:
-    broken = int((~np.isfinite(logits_NK)).any(1).sum())
-    return f"the answers to {broken} of {len(logits_NK)} images are not finite"

@@ -64,6 +64,20 @@ def bootstrapped(
     return Measurement(metric, float(values_R[0]), low, high, n, unit)
 
 
+def auroc(metric: str, logits_NK: Floats, labels_N: Integers, weights_RN: Floats) -> Measurement:
+    """Returns the area under the ROC curve with its bootstrap interval; undefined where an answer is not finite."""
+    if not np.isfinite(logits_NK).all():
+        return undefined(metric, not_finite(logits_NK), len(labels_N))
+    missing = missing_class(labels_N, logits_NK.shape[1])
+    return bootstrapped(metric, lambda weights: metrics.auroc(logits_NK, labels_N, weights), weights_RN, missing)
+
+
+def not_finite(logits_NK: Floats) -> str:
+    """Returns how many answers are not finite, as a reason."""
+    broken = int((~np.isfinite(logits_NK)).any(1).sum())
+    return f"the answers to {broken} of {len(logits_NK)} images are not finite"
+
+
 def class_rates(
     predictions_N: Integers, labels_N: Integers, num_classes: int, units_N: Integers, weights_RN: Floats
 ) -> list[Measurement]:

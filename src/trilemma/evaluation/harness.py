@@ -4,7 +4,7 @@ An attack is never its own judge. Whatever it returns is put back into its budge
 model is asked again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.geometry import project
-from trilemma.attacks.evasion.types import Evasion
+from trilemma.attacks.evasion.types import Access, Evasion, Oracle
 from trilemma.data.records import Records
 from trilemma.evaluation.intervals import share_interval
 from trilemma.evaluation.measurement import Measurement
@@ -22,8 +22,12 @@ from trilemma.evaluation.metrics import predictions
 from trilemma.models.classifier import Classifier
 from trilemma.randomness import generator
 
-#: Images that are attacked together. Each batch has a generator of its own, so this number is part of the results.
+#: Images that are asked about together.
 BATCH_SIZE = 64
+
+#: Pixels that are attacked together, at most; between 16 and 256 images. Each batch has a generator of its own, so that
+#: these numbers are part of the results.
+ATTACKED_PIXELS = 2**18
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,18 @@ class Target:
         key: The artefact's key.
         predict: Images (B, C, H, W) on the CPU -> logits (B, K): the session on the exported file.
         twin: Computes the same with input gradients.
+        surrogates: Models from which attacks may transfer: of a compressed model the one it was made from.
     """
 
     key: str
-    predict: Callable[[Tensor], Tensor]
+    predict: Oracle
     twin: Classifier
+    surrogates: tuple[Classifier, ...] = ()
+
+    @property
+    def access(self) -> Access:
+        """Returns what an attacker has beside the twin's gradients."""
+        return Access(self.predict, self.surrogates)
 
 
 class AttackedBatch(NamedTuple):
@@ -59,12 +70,18 @@ def attacked_batches(
     twin: Classifier, evasion: Evasion, budget: Budget, test: Records, seed: int
 ) -> Iterator[AttackedBatch]:
     """Yields the test split in batches under an attack; the randomness depends on the seed and the position only."""
-    for start in range(0, len(test), BATCH_SIZE):
-        positions = slice(start, min(start + BATCH_SIZE, len(test)))
+    size = attacked_together(test)
+    for start in range(0, len(test), size):
+        positions = slice(start, min(start + size, len(test)))
         x_BCHW = test.x(positions)
         x, y_B = x_BCHW.to(twin.device), test.y(positions).to(twin.device)
         x_adv_BCHW = evasion(twin, x, y_B, budget, generator(seed, "attack", start))
         yield AttackedBatch(positions, x_BCHW, x_adv_BCHW.detach().to("cpu"))
+
+
+def attacked_together(test: Records) -> int:
+    """Returns how many images are attacked together."""
+    return max(16, min(256, ATTACKED_PIXELS // max(1, test.images_NCHW[:1].size)))
 
 
 def attack_images(twin: Classifier, evasion: Evasion, budget: Budget, test: Records, seed: int) -> Tensor:

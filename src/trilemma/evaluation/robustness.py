@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.evaluation import metrics
-from trilemma.evaluation.estimates import class_rates, draws, share
+from trilemma.evaluation.estimates import auroc, class_rates, draws, share
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.metrics import Floats, Integers
 
@@ -57,6 +57,22 @@ def robust_measurements(
         _above_majority(robust_N, labels_N),
     ]
     return [measurement._replace(radius=radius, source=source) for measurement in found]
+
+
+def robust_auroc(logits_adv_NK: Floats, labels_N: Integers, units_N: Integers, radius: float, seed: int) -> Measurement:
+    """Returns the AUROC under attack, where every image was driven to its highest margin.
+
+    Positives are pushed down and negatives up, whether the answer has changed already or not. The images of an attack
+    that stops when the answer changes, or keeps the clean image where it does not, would give a value that is too high.
+
+    Args:
+        logits_adv_NK: The shipped model's logits on images of a full-budget attack on the margin.
+        labels_N: True classes.
+        units_N: The patient of every record.
+        radius: The attack's radius, in pixel units.
+        seed: Seed of the bootstrap.
+    """
+    return auroc("robust_auroc", logits_adv_NK, labels_N, draws(units_N, seed))._replace(radius=radius)
 
 
 def worst_logits(logits_adv: Sequence[Floats], logits_clean_NK: Floats, labels_N: Integers) -> Floats:

@@ -1,38 +1,14 @@
-"""What a study may measure of an artefact.
-
-An attack's radii are listed in ascending order, in pixel units: `radii = ["1/255", "4/255"]`; `radius = "4/255"`
-stands for one.
-"""
+"""What a study may measure of an artefact: its clean metrics, what attacks leave of it, and what it costs."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from trilemma.attacks.budget import Budget, Norm
-from trilemma.attacks.evasion.types import Evasion
-from trilemma.attacks.specs import Fgsm, Pgd
+from trilemma.attacks.budget import Budget, Norm, check_radius
+from trilemma.attacks.evasion.attack import NORM_LABELS
+from trilemma.attacks.evasion.specs import Apgd, EvasionSpec, Fgsm, MiFgsm, Pgd
 from trilemma.spec import Radius, Spec
-
-_NORM_LABELS = {"linf": "Linf", "l2": "L2"}
-
-
-def _ascending(radii: tuple[float, ...]) -> tuple[float, ...]:
-    if not radii:
-        raise ValueError("at least one radius is needed, such as '4/255'; clean images have an evaluation of their own")
-    if radii[0] <= 0:
-        raise ValueError(f"a radius must be positive, not {radii[0]:g}; clean images have an evaluation of their own")
-    if any(low >= high for low, high in zip(radii, radii[1:], strict=False)):
-        raise ValueError(f"radii must ascend without repeating, not {', '.join(f'{radius:g}' for radius in radii)}")
-    return radii
-
-
-def _one_or_more(radii: Any) -> Any:
-    return (radii,) if isinstance(radii, (str, int, float)) else radii
-
-
-#: Radii of one attack, ascending and positive.
-Radii = Annotated[tuple[Radius, ...], BeforeValidator(_one_or_more), AfterValidator(_ascending)]
 
 
 class Clean(Spec):
@@ -62,139 +38,56 @@ class Cost(Spec):
         return "cost"
 
 
-class _Attack(Spec):
-    """What the attacks share: a norm and its radii.
-
-    Attributes:
-        norm: "linf" or "l2".
-        radii: Radii in pixel units, ascending; at most 1 for "linf", which changes everything.
-    """
-
-    norm: Norm = "linf"
-    radii: Radii
-
-    @model_validator(mode="before")
-    @classmethod
-    def _radius_for_radii(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or "radius" not in values:
-            return values
-        if "radii" in values:
-            raise ValueError("give either radius or radii, not both")
-        return {"radii" if name == "radius" else name: value for name, value in values.items()}
-
-    @model_validator(mode="after")
-    def _within_images(self) -> "_Attack":
-        if self.norm == "linf" and self.radii[-1] > 1:
-            raise ValueError(
-                f"images lie in [0, 1], so an L-infinity radius is at most 1, not {self.radii[-1]:g}; "
-                f"8 of 255 grey levels are '8/255'"
-            )
-        return self
-
-    @property
-    def budgets(self) -> tuple[Budget, ...]:
-        """Returns one budget per radius."""
-        return tuple(Budget(self.norm, radius) for radius in self.radii)
+#: Attacks whose images can be driven to the highest loss, which is what transfers.
+TransferableSpec = Annotated[Fgsm | Pgd | MiFgsm | Apgd, Field(discriminator="kind")]
 
 
-class FgsmAttack(_Attack):
-    """One gradient step of full length (Goodfellow et al., 2015).
-
-    Attributes:
-        norm: "linf" or "l2".
-        radii: Radii in pixel units, ascending; at most 1 for "linf".
-        random_start: Start from a random point of the ball (Wong et al., 2020).
-    """
-
-    kind: Literal["fgsm"] = "fgsm"
-    random_start: bool = False
-
-    @property
-    def label(self) -> str:
-        """Returns the text for tables."""
-        return f"{Fgsm(random_start=self.random_start).label} {_NORM_LABELS[self.norm]}"
-
-    def make(self) -> Evasion:
-        """Returns the attack."""
-        return Fgsm(random_start=self.random_start).make()
-
-
-class PgdAttack(_Attack):
-    """Projected gradient descent against the artefact itself (Madry et al., 2018).
-
-    Attributes:
-        norm: "linf" or "l2".
-        radii: Radii in pixel units, ascending; at most 1 for "linf".
-        steps: Gradient steps.
-        restarts: Random starts; the worst image of all counts.
-        step_size: Step over radius; None means 2.5 / steps.
-        loss: "cross_entropy" or "margin".
-    """
-
-    kind: Literal["pgd"] = "pgd"
-    steps: int = Field(default=20, ge=1)
-    restarts: int = Field(default=1, ge=1)
-    step_size: float | None = Field(default=None, gt=0)
-    loss: Literal["cross_entropy", "margin"] = "cross_entropy"
-
-    @property
-    def label(self) -> str:
-        """Returns the text for tables."""
-        return f"{self._pgd.label} {_NORM_LABELS[self.norm]}"
-
-    @property
-    def _pgd(self) -> Pgd:
-        return Pgd(steps=self.steps, restarts=self.restarts, step_size=self.step_size, loss=self.loss)
-
-    def make(self) -> Evasion:
-        """Returns the attack."""
-        return self._pgd.make()
-
-
-class Transfer(_Attack):
-    """PGD made on every other artefact of the same data and seed, judged on this one.
+class Transfer(Spec):
+    """An attack made on every other artefact of the same data and seed, judged on this one.
 
     The black-box attack of Usynin et al. (2022), on the whole test set. The worst of them over all other trainings
     counts as one evaluation, which is undefined where a study has only one training of the data and seed.
 
     Attributes:
-        norm: "linf" or "l2".
-        radii: Radii in pixel units, ascending; at most 1 for "linf".
-        steps: Gradient steps on the source.
-        restarts: Random starts on the source.
-        step_size: Step over radius; None means 2.5 / steps.
-        loss: "cross_entropy" or "margin".
+        attack: What is made on the sources; its fields may stand beside `kind` for "pgd":
+            { kind = "transfer", radius = "4/255", steps = 10 }.
     """
 
     kind: Literal["transfer"] = "transfer"
-    steps: int = Field(default=20, ge=1)
-    restarts: int = Field(default=1, ge=1)
-    step_size: float | None = Field(default=None, gt=0)
-    loss: Literal["cross_entropy", "margin"] = "cross_entropy"
+    attack: TransferableSpec
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_of_pgd(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "attack" in values:
+            return values
+        fields = {name: value for name, value in values.items() if name != "kind"}
+        if not {"radius", "radii"} & fields.keys():
+            raise ValueError("a transfer needs radii, such as radii = ['1/255', '4/255'], or an attack of its own")
+        unknown = fields.keys() - Pgd.model_fields.keys() - {"radius"}
+        if unknown:
+            raise ValueError(f"unknown field {', '.join(sorted(unknown))}; valid are attack or those of kind 'pgd'")
+        return {"kind": "transfer", "attack": {"kind": "pgd"} | fields}
+
+    @property
+    def norm(self) -> Norm:
+        """Returns the norm of the attack."""
+        return self.attack.norm
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        """Returns the radii of the attack."""
+        return self.attack.radii
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Returns one budget per radius."""
+        return self.attack.budgets
 
     @property
     def label(self) -> str:
         """Returns the text for tables."""
-        return f"transfer {self.on_the_source.label}"
-
-    @property
-    def on_the_source(self) -> PgdAttack:
-        """Returns the attack that makes the images; a source that was attacked with it need not be attacked again."""
-        return PgdAttack(
-            norm=self.norm,
-            radii=self.radii,
-            steps=self.steps,
-            restarts=self.restarts,
-            step_size=self.step_size,
-            loss=self.loss,
-        )
-
-    def make(self) -> Evasion:
-        """Returns the attack, to be made on a source."""
-        return self.on_the_source.make()
-
-
-AttackSpec = Annotated[FgsmAttack | PgdAttack | Transfer, Field(discriminator="kind")]
+        return f"transfer {self.attack.label}"
 
 
 class AllAtOnce(Spec):
@@ -207,7 +100,7 @@ class AllAtOnce(Spec):
     """
 
     kind: Literal["all_at_once"] = "all_at_once"
-    attacks: tuple[AttackSpec, ...] = Field(min_length=2)
+    attacks: tuple[Annotated[EvasionSpec | Transfer, Field(discriminator="kind")], ...] = Field(min_length=2)
 
     @model_validator(mode="after")
     def _same_budgets(self) -> "AllAtOnce":
@@ -235,10 +128,42 @@ class AllAtOnce(Spec):
     @property
     def label(self) -> str:
         """Returns the text for tables."""
-        return f"all at once {_NORM_LABELS[self.norm]}"
+        return f"all at once {NORM_LABELS[self.norm]}"
+
+
+class Diagnostics(Spec):
+    """Looks for robustness that is not there: each sign of it is a flag, and a flag withholds robust accuracies.
+
+    A study that attacks has one for each norm, at the largest radius, whether its file names one or not.
+
+    Attributes:
+        norm: "linf" or "l2".
+        radius: In pixel units.
+        num_images: Test images that are looked at, at most; drawn without regard to their labels.
+    """
+
+    kind: Literal["diagnostics"] = "diagnostics"
+    norm: Norm = "linf"
+    radius: Annotated[Radius, Field(gt=0)]
+    num_images: int = Field(default=256, ge=32)
+
+    @model_validator(mode="after")
+    def _radius_fits(self) -> "Diagnostics":
+        check_radius(self.norm, self.radius)
+        return self
+
+    @property
+    def budget(self) -> Budget:
+        """Returns the budget."""
+        return Budget(self.norm, self.radius)
+
+    @property
+    def label(self) -> str:
+        """Returns the text for tables."""
+        return f"diagnostics {self.budget.label}"
 
 
 EvaluationSpec = Annotated[
-    Clean | FgsmAttack | PgdAttack | Transfer | AllAtOnce | Cost,
+    Clean | EvasionSpec | Transfer | AllAtOnce | Diagnostics | Cost,
     Field(discriminator="kind"),
 ]

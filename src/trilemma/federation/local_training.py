@@ -79,7 +79,7 @@ def local_train(
     with global_seed(*dropout), classifier.computing_in(spec.local.dtype):
         for step, drawn in enumerate(batches(spec, client, len(records), round_index)):
             time = round_index + step / client.steps  # in rounds
-            objective = spec.defence.make(time / spec.rounds)
+            objective = spec.local.adjusted(spec.defence.make(time / spec.rounds))
             if client.plan is None:
                 batch = load_batch(augmentation, records, drawn, draws.changes, classifier.device)
                 gradient_P, loss_B = mean_gradient(classifier, objective, *batch, draws.crafting)

@@ -1,4 +1,4 @@
-"""Better initial weights from public images: plain training before the first round, at no cost of privacy.
+"""Better initial weights from public images: training before the first round, at no cost of privacy.
 
 It depends on the seed, the public images and the network alone, so it can be done again with the same result.
 """
@@ -8,14 +8,13 @@ from collections.abc import Iterator
 import torch
 
 from trilemma.data.duplicates import digests
-from trilemma.data.records import Dataset
+from trilemma.data.records import Dataset, Records
 from trilemma.errors import UserError
 from trilemma.federation.local_training import load_batch, mean_gradient
 from trilemma.federation.specs import Pretraining, TrainSpec
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import get_params, set_params
 from trilemma.randomness import generator, global_seed
-from trilemma.robustness.objectives import standard
 
 
 def pretrain(spec: TrainSpec, public: Dataset, classifier: Classifier) -> None:
@@ -58,8 +57,14 @@ def transfer(source: Classifier, target: Classifier) -> None:
     target.load_state_dict({**own, **{name: value for name, value in alike.items() if value.is_floating_point()}})
 
 
-def refuse_unfit(dataset: Dataset, public: Dataset) -> None:
+def refuse_unfit(dataset: Dataset, public: Dataset, looked_at: bool = False) -> None:
     """Refuses public images that the study's network could not take, or that are not public at all.
+
+    Args:
+        dataset: The study's own images.
+        public: Those to pretrain on.
+        looked_at: Whether early stopping looks at the public validation images: these are checked too, and the classes
+            must be as many, for the model that looks at them answers with the study's own.
 
     Raises:
         UserError: If sizes or channels differ, or an image is one of the study's own.
@@ -74,28 +79,44 @@ def refuse_unfit(dataset: Dataset, public: Dataset) -> None:
                 f"the images of {public.name} have {other} {what}, and those of {dataset.name} have {ours}",
                 "Use images of the same size and channels for both",
             )
-    pretrained = digests(public.train)
+    _refuse_shared(dataset, public, "training", public.train)
+    if not looked_at:
+        return
+    if len(dataset.classes) != len(public.classes):
+        raise UserError(
+            "early_stopping.split",
+            f"'public' looks at the images of {public.name}, which have {len(public.classes)} classes, and those of "
+            f"{dataset.name} have {len(dataset.classes)}",
+            "Pretrain on images with the same classes, or leave early_stopping out",
+        )
+    _refuse_shared(dataset, public, "validation", public.val)
+
+
+def _refuse_shared(dataset: Dataset, public: Dataset, what: str, theirs: Records) -> None:
+    used = digests(theirs)
     unseen = dataset.test if dataset.unseen is None else dataset.unseen
     for split, records in (("train", dataset.train), ("val", dataset.val), ("test", unseen)):
-        shared = len(set(digests(records)).intersection(pretrained))
+        shared = len(set(digests(records)).intersection(used))
         if shared:
             raise UserError(
                 "pretraining.data",
-                f"{shared} training images of {public.name} are {split} images of {dataset.name} too, pixel for pixel",
+                f"{shared} {what} images of {public.name} are {split} images of {dataset.name} too, pixel for pixel",
                 "Pretrain on other images (phantoms: give them another seed); these are not public, or not unseen",
             )
 
 
 def _train(spec: TrainSpec, how: Pretraining, public: Dataset, model: Classifier) -> None:
     changes = generator(spec.seed, "pretraining", "augmentation")
-    unused = generator(spec.seed, "pretraining", "defence", device=model.device)
-    objective, optimizer, params_P = standard(), how.make(), get_params(model)
+    crafting = generator(spec.seed, "pretraining", "defence", device=model.device)
+    optimizer, params_P, num_steps = how.make(), get_params(model), _num_steps(len(public.train), how)
     state = optimizer.init(params_P)
     model.train()
     with global_seed(spec.seed, "pretraining", "dropout"):
-        for index in _batches(len(public.train), how, generator(spec.seed, "pretraining", "batches")):
+        parts = _batches(len(public.train), how, generator(spec.seed, "pretraining", "batches"))
+        for step, index in enumerate(parts):
+            objective = how.defence.make(step / num_steps)
             x_BCHW, y_B = load_batch(how.augmentation, public.train, index, changes, model.device)
-            gradient_P, _ = mean_gradient(model, objective, x_BCHW, y_B, unused)
+            gradient_P, _ = mean_gradient(model, objective, x_BCHW, y_B, crafting)
             params_P, state = optimizer.step(params_P, gradient_P, state, how.learning_rate)
             set_params(model, params_P)
 
@@ -106,3 +127,8 @@ def _batches(num_records: int, how: Pretraining, draws: torch.Generator) -> Iter
         order = torch.randperm(num_records, generator=draws).tolist()
         parts = [order[start : start + how.batch_size] for start in range(0, num_records, how.batch_size)]
         yield from (part for part in parts if len(part) > 1)
+
+
+def _num_steps(num_records: int, how: Pretraining) -> int:
+    whole, rest = divmod(num_records, how.batch_size)
+    return how.epochs * (whole + (rest > 1))

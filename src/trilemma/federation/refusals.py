@@ -31,6 +31,45 @@ def why_unsound(spec: "TrainSpec") -> str:
     return ""
 
 
+def why_no_looks(spec: "TrainSpec") -> str:
+    """Returns why early stopping may not choose the model in the way it is asked to; empty where it may."""
+    stopping = spec.early_stopping
+    if stopping is None:
+        return ""
+    if stopping.attack is None and (spec.defence.budget is None or not spec.defence.budget.radius):
+        return (
+            "early_stopping looks at the defence's radius, and there is none; give it an attack, such as "
+            "attack = { kind = 'pgd', radius = '4/255', steps = 10 }"
+        )
+    if stopping.split == "public":
+        if spec.pretraining is None:
+            return "early_stopping.split 'public' means the validation images of pretraining.data; give pretraining"
+        return _why_not_so_soon(spec)
+    if spec.data.evaluate_on == "val":
+        return (
+            "early_stopping.split 'val' chooses the model by the very images that data.evaluate_on = 'val' measures it "
+            "on; leave early_stopping out (rounds can be compared by hand), or set split = 'public'"
+        )
+    if isinstance(spec.privacy, DpSgd):
+        return (
+            "early_stopping.split 'val' chooses the model by private images, and what that tells of them is not "
+            "accounted for; under DP fix the rounds and use averaging against robust overfitting, or set "
+            "split = 'public' with pretraining"
+        )
+    return ""
+
+
+def _why_not_so_soon(spec: "TrainSpec") -> str:
+    stopping = spec.early_stopping
+    if stopping is None or stopping.patience is None or not isinstance(spec.privacy, DpSgd):
+        return ""
+    return (
+        "early_stopping.patience ends a training when its models say so, and epsilon holds only for a number of rounds "
+        "that is fixed beforehand; under DP leave patience out: all rounds are trained, and keeping the best costs no "
+        "privacy"
+    )
+
+
 def _why_no_distributed_noise(spec: "TrainSpec", privacy: DpSgd, federated: bool) -> str:
     if not federated:
         return (

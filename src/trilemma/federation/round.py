@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trilemma.data.records import Records
 from trilemma.federation.clients import Client, participants
+from trilemma.federation.early_stopping import best_so_far, look
 from trilemma.federation.local_training import LocalResult, drawn_records, load_model, local_train
 from trilemma.federation.server import Federation, aggregate, server_step
 from trilemma.federation.specs import Averaging, Centralised, FedAvg, LocalOnly
@@ -43,8 +44,10 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
         average_Q=average_Q,
         pretraining_seconds=state.pretraining_seconds,
     )
-    load_model(federation.classifier, following.model_P, following.model_Q)
+    load_model(federation.classifier, following.latest_P, following.latest_Q)
     row = {"round": state.round + 1, **watch(federation.classifier, federation.val), "loss": None}
+    row |= look(spec, federation.classifier, federation.looked_at, state.round + 1)
+    best_P, best_Q = best_so_far(spec, state, row, following.latest_P, following.latest_Q)
     if federation.plan is None:  # where it must stay secret who took part, a row must not tell
         row |= _of_the_clients(federation, results, aggregated.used, state)
     kept = dict(state.clients)
@@ -54,7 +57,8 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     if federation.plan is None:
         row["seconds"] = seconds
     unlisted = state.unlisted_seconds + (seconds if federation.plan is not None else 0.0)
-    return replace(following, clients=kept, history=(*state.history, row), unlisted_seconds=unlisted)
+    following = replace(following, clients=kept, history=(*state.history, row), unlisted_seconds=unlisted)
+    return replace(following, best_P=best_P, best_Q=best_Q)
 
 
 def _of_the_clients(
@@ -81,7 +85,7 @@ def averaged(
     if averaging is None:
         return None, None
     decay = averaging.decay_after(state.round)
-    return decay * state.model_P + (1 - decay) * params_P, decay * state.model_Q + (1 - decay) * buffers_Q
+    return decay * state.latest_P + (1 - decay) * params_P, decay * state.latest_Q + (1 - decay) * buffers_Q
 
 
 def who_takes_part(federation: Federation, round_index: int) -> list[Client]:

@@ -25,10 +25,11 @@ class Federation:
     Attributes:
         spec: The training.
         clients: Who trains.
-        val: Records on which the server watches progress; they choose nothing.
+        val: Records on which the server watches progress; that chooses nothing.
         classifier: A workspace on the device; its weights are set before every use.
         plan: The server's, where it is trusted to protect whole clients; None otherwise.
         fingerprint: Of the data set; names the server's private streams together with the training.
+        looked_at: Records that choose the round whose weights become the model, where early stopping does.
     """
 
     spec: TrainSpec
@@ -37,6 +38,7 @@ class Federation:
     classifier: Classifier
     plan: PrivacyPlan | None = None
     fingerprint: str = ""
+    looked_at: Records | None = None
 
 
 class Aggregated(NamedTuple):

@@ -9,10 +9,12 @@ from trilemma.attacks.poisoning.specs import NoThreat, ThreatSpec
 from trilemma.data.specs import DataSpec, Iid, PartitionSpec, Phantom
 from trilemma.federation.aggregation import Aggregation, mean
 from trilemma.federation.optimizers import Optimizer, adam, sgd
-from trilemma.federation.refusals import why_unsound
+from trilemma.federation.refusals import why_no_looks, why_unsound
 from trilemma.models.specs import ModelSpec, Resnet9
 from trilemma.privacy.specs import NoPrivacy, PrivacySpec
-from trilemma.robustness.specs import DefenceSpec, NoDefence
+from trilemma.robustness.objective import Objective
+from trilemma.robustness.objectives import adjusted
+from trilemma.robustness.specs import DefenceSpec, EarlyStopping, NoDefence
 from trilemma.spec import Spec
 
 
@@ -57,6 +59,9 @@ class Local(Spec):
         precision: What the network computes in while it trains. "bfloat16" takes 50 to 60 % of the time of a wide
             network, and 75 to 85 % under DP, where the processor has instructions for it. It costs digits, not privacy:
             weights, per-record norms, sums and noise stay float32.
+        class_shares: Public shares of the classes in the training images, in label order, that add up to 1: the model
+            then answers as if all classes were equally frequent (logit adjustment, Menon et al. 2021). None: as
+            frequent as they are. A guarantee says nothing of shares that were counted in private images.
     """
 
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -69,6 +74,18 @@ class Local(Spec):
     schedule: Literal["constant", "cosine"] = "constant"
     augmentation: Augmentation = Augmentation()
     precision: Literal["float32", "bfloat16"] = "float32"
+    class_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] | None = None
+
+    @field_validator("class_shares")
+    @classmethod
+    def _add_up(cls, shares: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if shares is not None and abs(sum(shares) - 1) > 0.01:
+            raise ValueError(f"class_shares must add up to 1, not {sum(shares):g}")
+        return shares
+
+    def adjusted(self, objective: Objective) -> Objective:
+        """Returns the objective with its logits adjusted for `class_shares`, where these are given."""
+        return objective if self.class_shares is None else adjusted(objective, self.class_shares)
 
     @model_validator(mode="after")
     def _one_length(self) -> "Local":
@@ -98,7 +115,9 @@ class Local(Spec):
         """Returns the short text for tables."""
         copies = self.augmentation.multiplicity
         images = f"batch {self.batch_size}" + (f" x {copies}" if copies > 1 else "")
-        return f"{self.optimizer} {self.learning_rate:g}, {images}" + (", bfloat16" * (self.precision == "bfloat16"))
+        precision = ", bfloat16" if self.precision == "bfloat16" else ""
+        shares = ", balanced" if self.class_shares is not None else ""
+        return f"{self.optimizer} {self.learning_rate:g}, {images}{precision}{shares}"
 
 
 class Averaging(Spec):
@@ -122,7 +141,7 @@ class Averaging(Spec):
 
 
 class Pretraining(Spec):
-    """Plain training of the initial weights on images that are public, before the first round.
+    """Training of the initial weights on images that are public, before the first round.
 
     They need the size and channels of the study's own images. With as many classes as these the last layer is kept, in
     the order of the classes; with another number it starts afresh.
@@ -135,6 +154,8 @@ class Pretraining(Spec):
         momentum: Of SGD.
         batch_size: Images per step.
         augmentation: Random changes of the images.
+        defence: Training objective; on public images an adversarial one costs no privacy. Its radius grows over this
+            training alone.
     """
 
     data: DataSpec
@@ -144,6 +165,7 @@ class Pretraining(Spec):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     batch_size: int = Field(default=64, ge=2)
     augmentation: Augmentation = Augmentation()
+    defence: DefenceSpec = NoDefence()
 
     @field_validator("data")
     @classmethod
@@ -156,7 +178,8 @@ class Pretraining(Spec):
     def label(self) -> str:
         """Returns the short text for tables."""
         synthetic = " (synthetic)" if isinstance(self.data, Phantom) else ""
-        return f"pretrained on {self.data.label}{synthetic}"
+        defence = "" if isinstance(self.defence, NoDefence) else f" by {self.defence.label}"
+        return f"pretrained on {self.data.label}{synthetic}{defence}"
 
     def make(self) -> Optimizer:
         """Returns the optimizer."""
@@ -313,6 +336,7 @@ class TrainSpec(Spec):
         aggregation: How updates become one.
         averaging: Makes a moving average of the weights the model; None: the weights after the last round.
         defence: Training objective against inference-time attacks.
+        early_stopping: Makes the round with the highest robust accuracy on other images the model; None: the last.
         privacy: Differential privacy.
         threat: What malicious clients do at training time.
         rounds: Rounds of the federation; epochs of training pass by `local`.
@@ -329,6 +353,7 @@ class TrainSpec(Spec):
     aggregation: AggregationSpec = Mean()
     averaging: Averaging | None = None
     defence: DefenceSpec = NoDefence()
+    early_stopping: EarlyStopping | None = None
     privacy: PrivacySpec = NoPrivacy()
     threat: ThreatSpec = NoThreat()
     rounds: int = Field(default=10, ge=1)
@@ -357,7 +382,7 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _privacy_is_sound(self) -> "TrainSpec":
-        reason = why_unsound(self)
+        reason = why_unsound(self) or why_no_looks(self)
         if reason:
             raise ValueError(reason)
         return self

@@ -28,6 +28,8 @@ class TrainingState:
         clips: Client name -> clipping norm, where it adapts; `EVERYBODY` where one holds for all clients.
         average_P: Moving average of the parameters, where the training makes one and a round has ended.
         average_Q: The same of the buffers: batch norm's statistics must fit the parameters.
+        best_P: Parameters of the best look so far, where looks choose the model (early stopping).
+        best_Q: The buffers of that look.
         pretraining_seconds: Wall time before the first round.
         unlisted_seconds: Wall time of the rounds whose rows do not give it.
     """
@@ -42,18 +44,30 @@ class TrainingState:
     clips: dict[str, float] = field(default_factory=dict)
     average_P: Tensor | None = None
     average_Q: Tensor | None = None
+    best_P: Tensor | None = None
+    best_Q: Tensor | None = None
     pretraining_seconds: float = 0.0
     unlisted_seconds: float = 0.0
 
     @property
+    def latest_P(self) -> Tensor:
+        """Returns the parameters after the last round, averaged where the training averages."""
+        return self.params_P if self.average_P is None else self.average_P
+
+    @property
+    def latest_Q(self) -> Tensor:
+        """Returns the buffers that go with them."""
+        return self.buffers_Q if self.average_Q is None else self.average_Q
+
+    @property
     def model_P(self) -> Tensor:
         """Returns the parameters of the model that this state stands for; the next round starts at `params_P`."""
-        return self.params_P if self.average_P is None else self.average_P
+        return self.latest_P if self.best_P is None else self.best_P
 
     @property
     def model_Q(self) -> Tensor:
         """Returns the buffers of that model."""
-        return self.buffers_Q if self.average_Q is None else self.average_Q
+        return self.latest_Q if self.best_Q is None else self.best_Q
 
     @property
     def seconds(self) -> float:
@@ -66,6 +80,8 @@ class TrainingState:
         tensors = {"params": self.params_P, "buffers": self.buffers_Q}
         if self.average_P is not None and self.average_Q is not None:
             tensors |= {"average": self.average_P, "average_buffers": self.average_Q}
+        if self.best_P is not None and self.best_Q is not None:
+            tensors |= {"best": self.best_P, "best_buffers": self.best_Q}
         tensors |= {f"server/{name}": value for name, value in self.server.items()}
         for client, state in self.clients.items():
             tensors |= {f"client/{client}/{name}": value for name, value in state.items()}
@@ -109,6 +125,8 @@ class TrainingState:
             clips=json.loads(texts.get("clips", "{}")),  # none adapted where a checkpoint does not have them
             average_P=tensors["average"].to(device) if "average" in tensors else None,
             average_Q=tensors["average_buffers"].to(device) if "average" in tensors else None,
+            best_P=tensors["best"].to(device) if "best" in tensors else None,
+            best_Q=tensors["best_buffers"].to(device) if "best" in tensors else None,
             pretraining_seconds=json.loads(texts.get("pretraining_seconds", "0.0")),
             unlisted_seconds=json.loads(texts.get("unlisted_seconds", "0.0")),
         )

@@ -4,8 +4,10 @@ The rounds are the caller's loop, so that whoever runs them can store every stat
 
     federation = prepare(spec, dataset, device)
     state = initial_state(federation)  # with `pretraining`: initial_state(federation, public)
-    while state.round < spec.rounds:
+    while not ended(spec, state):
         state = run_round(federation, state)
+
+Where early stopping looks at public images, `prepare` needs these too: prepare(spec, dataset, device, public).
 """
 
 import time
@@ -16,6 +18,7 @@ import torch
 from trilemma.data.records import Dataset
 from trilemma.errors import UserError
 from trilemma.federation.clients import Client, make_clients, planned_rounds, server_plan
+from trilemma.federation.early_stopping import images_to_look_at
 from trilemma.federation.local_training import load_model
 from trilemma.federation.outside import malicious_outside, outside_phrases, unpromised
 from trilemma.federation.pretraining import pretrain
@@ -31,19 +34,28 @@ from trilemma.privacy.noise import noise_source_in_words
 from trilemma.privacy.specs import DpSgd
 
 
-def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device) -> Federation:
+def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device, public: Dataset | None = None) -> Federation:
     """Returns a federation that is ready for its first round.
+
+    Args:
+        spec: The training.
+        dataset: What `spec.data` names.
+        device: Where it trains.
+        public: What `spec.pretraining` names, where early stopping looks at its validation images: no round can be run
+            without them.
 
     Raises:
         UserError: If model, privacy and data do not go together.
     """
+    looked_at = images_to_look_at(spec, dataset, public)
     classifier = spec.model.make(dataset.channels, dataset.image_size, len(dataset.classes), spec.seed)
+    refuse_other_classes(spec, dataset)
     refuse_batch_norm_under_dp(spec, classifier)
     partition = spec.partition.make()(dataset, spec.seed)
     clients = make_clients(spec, dataset, partition)
     refuse_lone_records(spec, clients, classifier)
     plan = server_plan(spec, len(clients))
-    return Federation(spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint)
+    return Federation(spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint, looked_at)
 
 
 def initial_state(federation: Federation, public: Dataset | None = None) -> TrainingState:
@@ -120,6 +132,21 @@ def planned_events(federation: Federation) -> dict[str, tuple[DpEvent, ...]]:
 def _events(federation: Federation, steps: dict[str, int]) -> dict[str, tuple[DpEvent, ...]]:
     plans = {client.name: federation.plan or client.plan for client in federation.clients}
     return {name: (plan.event(steps.get(name, 0)),) for name, plan in plans.items() if plan is not None}
+
+
+def refuse_other_classes(spec: TrainSpec, dataset: Dataset) -> None:
+    """Refuses shares of other than the data's classes.
+
+    Raises:
+        UserError: Naming the classes.
+    """
+    shares = spec.local.class_shares
+    if shares is not None and len(shares) != len(dataset.classes):
+        raise UserError(
+            "local.class_shares",
+            f"has {len(shares)} numbers, and {dataset.name} has {len(dataset.classes)} classes",
+            f"Give one for each of {', '.join(dataset.classes)}, in this order",
+        )
 
 
 def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:

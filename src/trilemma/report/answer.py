@@ -5,12 +5,13 @@ that no difference can be shown, and not that there is none.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from trilemma.report import numbers
 from trilemma.report.comparisons import Pair, admitting, change, named, pairs, side_by_side
 from trilemma.report.configurations import UNCOMPRESSED, Headline, Row, configuration_rows, headline
+from trilemma.report.doubts import doubts
 from trilemma.report.estimates import Estimate, averaged, difference
+from trilemma.report.finding import Finding
 from trilemma.report.verdict import attack, verdict
 from trilemma.results import Results
 
@@ -24,25 +25,6 @@ _KEPT = "of the right answers survive"
 _PAYS = {1: "collaboration is worth it", -1: "collaboration did not pay", 0: "it is open whether collaboration pays"}
 
 
-class Finding(NamedTuple):
-    """One paragraph of the answer.
-
-    Attributes:
-        topic: What it is about, a few words.
-        sentences: One per comparison.
-        caution: True where it limits what the other paragraphs mean.
-    """
-
-    topic: str
-    sentences: tuple[str, ...]
-    caution: bool = False
-
-    @property
-    def text(self) -> str:
-        """Returns the paragraph."""
-        return " ".join(self.sentences)
-
-
 def answer(results: Results) -> tuple[Finding, ...]:
     """Returns the answer: what limits it, the verdict, then one paragraph per question that the study can answer."""
     rows = configuration_rows(results)
@@ -51,6 +33,7 @@ def answer(results: Results) -> tuple[Finding, ...]:
     by = headline(rows)
     findings = [
         *_limits(results, rows),
+        *doubts(rows, by),
         Finding("Private, robust and scalable at once?", (verdict(rows, by),)),
         *_constant(rows),
         *_collaboration(rows, by),
@@ -213,9 +196,7 @@ def _defence(rows: Sequence[Row], by: Headline) -> list[Finding]:
         if cost is None:
             continue
         texts.append(f"{named(pair)}, on clean images: {cost.sentence}")
-        bought = _robust_change(pair, by)
-        if bought:
-            texts.append(f"Under {attack(by)}: {bought} {_against_majority(pair, by)}".rstrip())
+        texts += _under_attack(pair, by)
     return _finding("What does adversarial training cost and buy?", texts, len(found), MOST_PAIRS)
 
 
@@ -231,9 +212,7 @@ def _together(rows: Sequence[Row], by: Headline) -> list[Finding]:
         cost = change(pair, by.utility)
         if cost is not None:
             texts.append(f"{named(pair)}, on clean images: {cost.sentence}")
-        bought = _robust_change(pair, by)
-        if bought:
-            texts.append(f"Under {attack(by)}: {bought} {_against_majority(pair, by)}".rstrip())
+        texts += _under_attack(pair, by)
     return _finding("What do both cost together?", texts, len(found), MOST_PAIRS)
 
 
@@ -251,6 +230,7 @@ def _fragility(rows: Sequence[Row], by: Headline) -> list[Finding]:
         at = _telling(pair, by)
         effect = side_by_side(_among_correct(pair.changed, at), _among_correct(pair.base, at), "robust_accuracy", _KEPT)
         if effect is None:
+            texts += _unsaid(pair, by, "It cannot be told:")
             continue
         opening = {
             1: "No, the private model keeps more of its right answers",
@@ -304,9 +284,7 @@ def _threat(rows: Sequence[Row], by: Headline) -> list[Finding]:
         effect = change(pair, by.utility)
         if effect is not None:
             texts.append(f"{named(pair)}, on clean images: {effect.sentence}")
-        bought = _robust_change(pair, by)
-        if bought:
-            texts.append(f"Under {attack(by)}: {bought}")
+        texts += _under_attack(pair, by, yardstick=False)
     return _finding("What does the threat do?", texts, len(found), MOST_PAIRS)
 
 
@@ -341,11 +319,19 @@ def _among_correct(row: Row, by: Headline) -> Estimate:
     return row.under(by.evaluation, by.radius).among_correct
 
 
-def _robust_change(pair: Pair, by: Headline) -> str:
-    if not by.evaluation:
-        return ""
+def _under_attack(pair: Pair, by: Headline, *, yardstick: bool = True) -> list[str]:
+    """Returns what a pair's difference does under attack, or that its numbers are withheld; nothing without any."""
     effect = side_by_side(_robust(pair.changed, by), _robust(pair.base, by), "robust_accuracy")
-    return "" if effect is None else effect.sentence
+    if effect is None:
+        return _unsaid(pair, by, "Under attack nothing can be said:")
+    against = _against_majority(pair, by) if yardstick else ""
+    return [f"Under {attack(by)}: {effect.sentence} {against}".rstrip()]
+
+
+def _unsaid(pair: Pair, by: Headline, opening: str) -> list[str]:
+    """Returns whose robust accuracy is withheld, so that a pair cannot be compared; nothing where neither's is."""
+    withheld = [f"“{row.configuration}”" for row in pair[:2] if _robust(row, by).withheld]
+    return [f"{opening} the robust accuracy of {' and of '.join(withheld)} is withheld."] if withheld else []
 
 
 def _against_majority(pair: Pair, by: Headline) -> str:

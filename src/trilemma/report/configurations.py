@@ -7,37 +7,18 @@ from typing import Any, NamedTuple
 
 from trilemma.evaluation.measurement import Measurement
 from trilemma.report import numbers
+from trilemma.report.attacked import ATTACK_STRENGTH, STRONG, Attacked, Scored, attacked, scored
+from trilemma.report.cells import Cell, by_seed, hospitals, is_alone, measured, owner
 from trilemma.report.claims import TIME_IS_SECRET, Claim, claim_of
 from trilemma.report.estimates import Estimate, estimate, exact
+from trilemma.report.flags import Flag, flags_of
 from trilemma.results import Artefact, DataFacts, Evaluated, Results, Run
-
-#: Evaluations that attack, weakest first; a model is judged by the strongest that the study holds.
-ATTACK_STRENGTH = {"transfer": 0, "fgsm": 1, "pgd": 2, "all_at_once": 3}
 
 #: Fields of a training that a study may tune per configuration without changing what is compared.
 _TUNING = frozenset({"local", "rounds", "server", "aggregation"})
 
 #: Label of a model as it was trained.
 UNCOMPRESSED = "fp32"
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """A configuration under one attack at one radius, over all records and the worst source.
-
-    Attributes:
-        evaluation: The evaluation's label, such as "PGD-10 Linf".
-        kind: "fgsm", "pgd", "transfer" or "all_at_once".
-        radius: In pixel units.
-        robust: Robust accuracy: right on the clean image and on the attacked one.
-        among_correct: The same among the images that were right before the attack.
-    """
-
-    evaluation: str
-    kind: str
-    radius: float
-    robust: Estimate
-    among_correct: Estimate
 
 
 @dataclass(frozen=True)
@@ -62,6 +43,7 @@ class Row:
         bytes_per_round: Sent up and down by all clients together.
         training_seconds: Per seed, over all hospitals that trained alone.
         constant: One phrase per seed whose model gives every image the same answer.
+        diagnosed: Every sign of robustness that is not there, looked for in every training, raised or not.
     """
 
     configuration: str
@@ -81,6 +63,7 @@ class Row:
     bytes_per_round: Estimate
     training_seconds: Estimate
     constant: tuple[str, ...]
+    diagnosed: tuple[Flag, ...] = ()
 
     @property
     def title(self) -> str:
@@ -99,6 +82,16 @@ class Row:
             return ""
         return f"ε ≤ {numbers.epsilon(self.epsilon)} for {self.claim.in_words}"
 
+    @property
+    def raised(self) -> tuple[Flag, ...]:
+        """Returns the flags that were raised in any training."""
+        return tuple(flag for flag in self.diagnosed if flag.raised)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Returns a phrase for every raised flag: its name in words, its seed and its evidence."""
+        return tuple(flag.phrase for flag in self.raised)
+
     def metric(self, name: str) -> Estimate:
         """Returns a clean metric over all test records."""
         return self.clean.get(name, Estimate())
@@ -109,10 +102,14 @@ class Row:
 
     def under(self, evaluation: str, radius: float) -> Attacked:
         """Returns the row under one attack, with the reason "not measured" where it was not attacked so."""
-        for attacked in self.attacked:
-            if attacked.evaluation == evaluation and attacked.radius == radius:
-                return attacked
-        return Attacked(evaluation, "", radius, Estimate(), Estimate())
+        for at in self.attacked:
+            if at.evaluation == evaluation and at.radius == radius:
+                return at
+        return Attacked(evaluation, "", radius)
+
+    def scored(self, evaluation: str, radius: float) -> Scored:
+        """Returns the robust AUROC at a radius and which attack measured it, another of its norm where it does not."""
+        return scored(self.attacked, evaluation, radius)
 
     def kind(self, field: str) -> str:
         """Returns the `kind` that a field of the training has, such as "dp_sgd" for privacy; "none" without one."""
@@ -151,35 +148,26 @@ class Headline(NamedTuple):
     radius: float
 
 
-@dataclass(frozen=True)
-class _Cell:
-    run: Run
-    artefact: Artefact
-    evaluated: tuple[Evaluated, ...]
-
-
 def configuration_rows(results: Results) -> tuple[Row, ...]:
     """Returns a row for every configuration and compression that has an artefact, in the study's order."""
     runs = {run.key: run for run in results.runs}
     found: dict[str, list[Evaluated]] = {}
     for evaluated in results.evaluated:
         found.setdefault(evaluated.artefact_key, []).append(evaluated)
-    groups: dict[tuple[str, str], list[_Cell]] = {
+    groups: dict[tuple[str, str], list[Cell]] = {
         (run.configuration, artefact.compression): [] for run in results.runs for artefact in _of_run(results, run)
     }
     for artefact in results.artefacts:
         if artefact.run_key in runs:
             run = runs[artefact.run_key]
-            cell = _Cell(run, artefact, tuple(found.get(artefact.key, ())))
+            cell = Cell(run, artefact, tuple(found.get(artefact.key, ())))
             groups[run.configuration, artefact.compression].append(cell)
     return tuple(_row(cells, results.data) for cells in groups.values())
 
 
-def _training_seconds(cells: list[_Cell]) -> Estimate:
-    by_seed = {seed: [c.run.seconds for c in same] for seed, same in _by_seed(cells).items()}
-    told = [
-        (seed, sum(s for s in seconds if s is not None)) for seed, seconds in by_seed.items() if None not in seconds
-    ]
+def _training_seconds(cells: list[Cell]) -> Estimate:
+    spent = {seed: [c.run.seconds for c in same] for seed, same in by_seed(cells).items()}
+    told = [(seed, sum(s for s in seconds if s is not None)) for seed, seconds in spent.items() if None not in seconds]
     return exact(told, reason=TIME_IS_SECRET)
 
 
@@ -202,7 +190,8 @@ def headline(rows: Iterable[Row]) -> Headline:
     """Returns by which metric and which attack the rows are compared.
 
     The strongest evaluation is the one of the strongest kind; among several of a kind the one under which the
-    rows keep the least accuracy at their largest common radius. One that no row has a value of comes last.
+    rows keep the least accuracy at their largest common radius. One that no row has a value of comes last, but not
+    where values are withheld: rows are not judged by a weaker attack because the stronger one may not be believed.
     """
     rows = list(rows)
     utility = "auroc" if rows and all(row.metric("auroc").value is not None for row in rows) else "accuracy"
@@ -211,14 +200,21 @@ def headline(rows: Iterable[Row]) -> Headline:
         radii = [{a.radius for a in row.attacked if a.evaluation == name} for row in rows]
         common = set.intersection(*(found for found in radii if found))
         if common:
-            values = [row.under(name, max(common)).robust.value for row in rows]
-            kept = [value for value in values if value is not None]
+            robust = [row.under(name, max(common)).robust for row in rows]
+            kept = [each.value for each in robust if each.value is not None]
             mean = sum(kept) / len(kept) if kept else 1.0
-            candidates.append((not kept, -ATTACK_STRENGTH.get(kind, 0), mean, name, max(common)))
+            unknown = not kept and not any(each.withheld for each in robust)
+            candidates.append((unknown, -ATTACK_STRENGTH.get(kind, 0), mean, name, max(common)))
     if not candidates:
         return Headline(utility, "", 0.0)
     *_, name, radius = min(candidates)
     return Headline(utility, name, radius)
+
+
+def is_weak(rows: Iterable[Row]) -> bool:
+    """Returns whether the rows were attacked, but only in ways after which a stronger attack may well leave less."""
+    kinds = {a.kind for row in rows for a in row.attacked}
+    return bool(kinds) and not kinds & STRONG
 
 
 def counterpart(
@@ -244,7 +240,7 @@ def _of_run(results: Results, run: Run) -> list[Artefact]:
     return [artefact for artefact in results.artefacts if artefact.run_key == run.key]
 
 
-def _row(cells: list[_Cell], data: tuple[DataFacts, ...]) -> Row:
+def _row(cells: list[Cell], data: tuple[DataFacts, ...]) -> Row:
     first = cells[0].run
     void = dict.fromkeys(reason for cell in cells for reason in void_reasons(cell.artefact))
     budgets = [cell.artefact.guarantee.epsilon for cell in cells]
@@ -258,7 +254,7 @@ def _row(cells: list[_Cell], data: tuple[DataFacts, ...]) -> Row:
         num_trainings=len(cells),
         clean=_clean(cells, client=None),
         clients=_clients(cells),
-        attacked=_attacked(cells),
+        attacked=attacked(cells),
         epsilon=max(epsilons) if len(epsilons) == len(cells) else None,
         claim=max(claims, key=lambda claim: claim.delta) if claims and len(epsilons) == len(cells) else None,
         void=tuple(void) if len(epsilons) < len(cells) else (),
@@ -268,6 +264,7 @@ def _row(cells: list[_Cell], data: tuple[DataFacts, ...]) -> Row:
         bytes_per_round=_traffic(cells),
         training_seconds=_training_seconds(cells),
         constant=tuple(phrase for cell in cells if (phrase := _constant(cell, data))),
+        diagnosed=flags_of(cells),
     )
 
 
@@ -286,82 +283,44 @@ def _comparable(spec: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _by_seed(cells: list[_Cell]) -> dict[int, list[_Cell]]:
-    return {seed: [c for c in cells if c.run.seed == seed] for seed in sorted({c.run.seed for c in cells})}
-
-
-def _measured(cell: _Cell, kind: str) -> list[Measurement]:
-    return [m for evaluated in cell.evaluated if evaluated.kind == kind for m in evaluated.measurements]
-
-
-def _clean(cells: list[_Cell], client: str | None) -> dict[str, Estimate]:
+def _clean(cells: list[Cell], client: str | None) -> dict[str, Estimate]:
     samples: dict[str, list[tuple[int, Measurement]]] = {}
     for cell in cells:
-        for m in _measured(cell, "clean"):
+        for m in measured(cell, "clean"):
             if m.client == client and m.radius is None and m.source is None:
                 samples.setdefault(m.metric, []).append((cell.run.seed, m))
     return {metric: estimate(of_metric) for metric, of_metric in samples.items()}
 
 
-def _clients(cells: list[_Cell]) -> dict[str, dict[str, Estimate]]:
-    names = list(dict.fromkeys(m.client for cell in cells for m in _measured(cell, "clean") if m.client is not None))
-    hospitals = [name for name in names if name != "worst"]
+def _clients(cells: list[Cell]) -> dict[str, dict[str, Estimate]]:
+    names = hospitals(cells)
+    there = [*names, "worst"] if any(m.client == "worst" for cell in cells for m in measured(cell, "clean")) else names
+    alone = is_alone(cells[0])
     estimates = {}
-    for name in names:
-        estimates[name] = _clean([cell for cell in cells if _serves(cell, name, hospitals)], client=name)
-    if _is_alone(cells[0]):  # the worst is a hospital with its own model
-        known = [e for name in hospitals if (e := estimates[name]).get("accuracy", Estimate()).value is not None]
+    for name in there:  # a hospital that trained alone would use its own model
+        estimates[name] = _clean([c for c in cells if not is_alone(c) or owner(c, names) == name], client=name)
+    if alone:  # the worst is a hospital with its own model
+        known = [e for name in names if (e := estimates[name]).get("accuracy", Estimate()).value is not None]
         estimates["worst"] = min(known, key=lambda e: e["accuracy"].value or 0.0, default={})
     return estimates
 
 
-def _serves(cell: _Cell, name: str, hospitals: list[str]) -> bool:
-    """Returns whether a model is the one that a hospital would use: its own where each trained alone."""
-    if not _is_alone(cell):
-        return True
-    index = cell.run.spec["algorithm"].get("client")
-    return isinstance(index, int) and 0 <= index < len(hospitals) and hospitals[index] == name
+def _cost(cells: list[Cell], metric: str) -> Estimate:
+    return estimate((cell.run.seed, m) for cell in cells for m in measured(cell, "cost") if m.metric == metric)
 
 
-def _is_alone(cell: _Cell) -> bool:
-    algorithm = cell.run.spec.get("algorithm")
-    return isinstance(algorithm, dict) and algorithm.get("kind") == "local_only"
-
-
-def _attacked(cells: list[_Cell]) -> tuple[Attacked, ...]:
-    samples: dict[tuple[str, str, float], dict[str, list[tuple[int, Measurement]]]] = {}
-    for cell in cells:
-        for evaluated in cell.evaluated:
-            for m in evaluated.measurements:
-                if evaluated.kind in ATTACK_STRENGTH and m.radius is not None and m.source is None and m.client is None:
-                    at = samples.setdefault((evaluated.evaluation, evaluated.kind, m.radius), {})
-                    at.setdefault(m.metric, []).append((cell.run.seed, m))
-    return tuple(
-        Attacked(
-            *where,
-            robust=estimate(by_metric.get("robust_accuracy", [])),
-            among_correct=estimate(by_metric.get("robust_accuracy_among_correct", [])),
-        )
-        for where, by_metric in samples.items()
-    )
-
-
-def _cost(cells: list[_Cell], metric: str) -> Estimate:
-    return estimate((cell.run.seed, m) for cell in cells for m in _measured(cell, "cost") if m.metric == metric)
-
-
-def _traffic(cells: list[_Cell]) -> Estimate:
+def _traffic(cells: list[Cell]) -> Estimate:
     per_seed = []
-    for seed, same in _by_seed(cells).items():
+    for seed, same in by_seed(cells).items():
         rounds = [r for cell in same for r in cell.run.history if r.get("bytes_up") is not None]
         if rounds:
             per_seed.append((seed, sum(r["bytes_up"] + (r.get("bytes_down") or 0) for r in rounds) / len(rounds)))
     return exact(per_seed, reason="no round recorded what it sent")
 
 
-def _constant(cell: _Cell, data: tuple[DataFacts, ...]) -> str:
+def _constant(cell: Cell, data: tuple[DataFacts, ...]) -> str:
     """Returns what a model answers for every image, or "" where it tells images apart."""
-    values = {m.metric: m.value for m in _measured(cell, "clean") if m.client is None}
+    values = {m.metric: m.value for m in measured(cell, "clean") if m.client is None}
     sensitivity, specificity = values.get("sensitivity"), values.get("specificity")
     facts = data[0] if len({(d.classes, d.positive_class) for d in data}) == 1 else None
     if sensitivity is None or specificity is None or facts is None:

@@ -31,6 +31,7 @@ class Estimate:
         by_seed: (seed, value) of every seed that has one.
         single: The mean interval of the single models, which speaks of other test patients only; None without one.
         reason: Why there is no value, or why some trainings are not in it; "" where nothing is amiss.
+        withheld: Whether there are values that may not be shown.
     """
 
     value: float | None = None
@@ -41,6 +42,7 @@ class Estimate:
     by_seed: tuple[tuple[int, float], ...] = ()
     single: tuple[float, float] | None = None
     reason: str = "not measured"
+    withheld: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,16 @@ def estimate(samples: Iterable[tuple[int, Measurement]]) -> Estimate:
     Several trainings of one seed (each hospital on its own) are averaged first; the mean of their intervals is
     then conservative, for a mean varies no more than its parts do on average.
 
+    Where the number of any training is withheld there is no mean either: that of the others would be a selection.
+
     Args:
         samples: (seed, measurement) of every training, all of one metric and unit.
     """
     samples = list(samples)
+    withheld = [m for _, m in samples if m.status == "withheld"]
+    if withheld:
+        some = f"{len(withheld)} of {len(samples)} trainings: " if len(withheld) < len(samples) else ""
+        return Estimate(reason=some + _reasons(withheld), withheld=True)
     usable = [(seed, m) for seed, m in samples if m.value is not None and math.isfinite(m.value)]
     if not usable:
         return Estimate(reason=_reasons(m for _, m in samples) or "not measured")

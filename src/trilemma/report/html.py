@@ -11,7 +11,8 @@ from pathlib import Path
 
 from trilemma.atomic import atomic_write
 from trilemma.report import sections
-from trilemma.report.configurations import ATTACK_STRENGTH, Row, configuration_rows, headline
+from trilemma.report.attacked import ATTACK_STRENGTH
+from trilemma.report.configurations import Row, configuration_rows, headline
 from trilemma.report.figures import Figure, library, robustness_figure, size_figure, training_figure
 from trilemma.report.markup import Content, Html, tag
 from trilemma.report.stylesheet import STYLE
@@ -68,7 +69,8 @@ def _body(results: Results, rows: Sequence[Row]) -> Html:
     parts: list[tuple[str, str, Html | None]] = [
         ("answer", "Answer", sections.answer_section(results)),
         ("configurations", "Configurations", sections.table_section(results, rows, by)),
-        ("robustness", "Robustness", sections.robustness_section(rows, drawn, evaluations)),
+        ("robustness", "Robustness", sections.robustness_section(rows, by, drawn, evaluations)),
+        ("diagnostics", "Is it real?", sections.diagnostics_section(rows)),
         ("transfer", "Transfer", sections.transfer_section(results)),
         ("cost", "Size and latency", sections.cost_section(rows, size_figure(rows, by)) if rows else None),
         ("training", "Training", sections.training_section(results, training_figure(results))),

@@ -8,6 +8,9 @@ from trilemma.report.estimates import Estimate
 NO_VALUE = "–"
 MINUS = "−"
 
+#: Written where there is a value that may not be shown.
+WITHHELD = "withheld"
+
 #: Metric -> what a reader calls it.
 METRIC_TITLES = {
     "accuracy": "accuracy",
@@ -19,10 +22,11 @@ METRIC_TITLES = {
     "expected_calibration_error": "calibration error",
     "majority_accuracy": "majority class",
     "robust_accuracy": "robust accuracy",
+    "robust_auroc": "robust AUROC",
 }
 
 #: Metrics that are read as a number and not as a share of the images.
-_COEFFICIENTS = {"auroc", "mcc", "expected_calibration_error"}
+_COEFFICIENTS = {"auroc", "robust_auroc", "mcc", "expected_calibration_error"}
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -89,9 +93,9 @@ def metric_bounds(metric: str, low: float, high: float) -> str:
 
 
 def metric_estimate(metric: str, estimate: Estimate) -> str:
-    """Returns "86.2 % (84.1 to 88.0)", or the sign for no value."""
+    """Returns "86.2 % (84.1 to 88.0)", "withheld", or the sign for no value."""
     if estimate.value is None:
-        return NO_VALUE
+        return WITHHELD if estimate.withheld else NO_VALUE
     text = metric_value(metric, estimate.value)
     if estimate.low is None or estimate.high is None:
         return text

@@ -48,7 +48,7 @@ def pareto_optimal(points: Sequence[Point | None]) -> tuple[bool, ...]:
 
 
 def robust_score(row: Row, by: Headline) -> float | None:
-    """Returns robust accuracy, 0 for a model at or below the majority class, None where it is not known.
+    """Returns robust accuracy, 0 for a model at or below the majority class, None where it is not known or withheld.
 
     A model that an attacker pushes to or below what a constant answer reaches is not robust, however it got there.
     Without an attack in the study every row scores 0, so that the axis separates nothing.

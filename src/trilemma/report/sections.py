@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from trilemma.report import numbers, tables
+from trilemma.report import numbers, robustness_tables, tables
 from trilemma.report.answer import answer
 from trilemma.report.configurations import Headline, Row, artefact_titles, void_reasons
 from trilemma.report.datasets import data_of
@@ -13,6 +13,8 @@ from trilemma.report.figures import Figure
 from trilemma.report.markup import Content, Html, tag
 from trilemma.report.transfer import transfer_matrices
 from trilemma.results import Artefact, DataFacts, Example, Results
+
+_REAL = "Is the robustness real?"
 
 
 def section(name: str, title: str, *content: Content) -> Html:
@@ -50,15 +52,46 @@ def table_section(results: Results, rows: Sequence[Row], by: Headline) -> Html:
     return section("configurations", "Configurations", tables.main_table(rows, by, results.seeds))
 
 
-def robustness_section(rows: Sequence[Row], figures: Sequence[Figure], evaluations: Sequence[str]) -> Html:
+def robustness_section(
+    rows: Sequence[Row], by: Headline, figures: Sequence[Figure], evaluations: Sequence[str]
+) -> Html:
     """Returns robust accuracy against radius, one figure per attack, with all numbers below."""
     if not evaluations:
         return section("robustness", "Robustness", tag("p", "No evaluation of this study attacks the models."))
     drawn = [
-        Html(tag("h3", name) + plot(figure, _dashes(rows))) for name, figure in zip(evaluations, figures, strict=True)
+        Html(tag("h3", name) + plot(figure, _dashes(rows) + _left_out(rows, name)))
+        for name, figure in zip(evaluations, figures, strict=True)
     ]
-    all_numbers = tag("details", tag("summary", "All numbers behind these figures"), tables.robustness_table(rows))
-    return section("robustness", "Robust accuracy against radius", *drawn, all_numbers)
+    beside = robustness_tables.detail_table(rows, by) if by.evaluation else None
+    return section(
+        "robustness",
+        "Robust accuracy against radius",
+        *drawn,
+        tag("details", tag("summary", "All numbers behind these figures"), robustness_tables.robustness_table(rows)),
+        tag("details", tag("summary", "AUROC, sensitivity and specificity under the strongest attack"), beside)
+        if beside
+        else None,
+    )
+
+
+def diagnostics_section(rows: Sequence[Row]) -> Html | None:
+    """Returns the signs of robustness that is not there, or None where the study attacks nothing."""
+    if not any(row.attacked for row in rows):
+        return None
+    lead = (
+        "A robust accuracy is only as good as the attack behind it, so every model is searched for signs that attacks "
+        "fail for another reason than robustness. One raised flag withholds all that attacks in that norm measured of "
+        "the model, and with it the mean of its row."
+    )
+    if not any(row.diagnosed for row in rows):
+        return section("diagnostics", _REAL, tag("p", lead), tag("p", "Nothing has been looked at yet."))
+    return section("diagnostics", _REAL, tag("p", lead), robustness_tables.flags_table(rows))
+
+
+def _left_out(rows: Sequence[Row], evaluation: str) -> str:
+    """Returns which rows are not drawn because their numbers are withheld."""
+    withheld = [row.title for row in rows if any(a.robust.withheld for a in row.attacked if a.evaluation == evaluation)]
+    return f" Withheld and not drawn: {', '.join(f'“{title}”' for title in withheld)}." if withheld else ""
 
 
 def _dashes(rows: Sequence[Row]) -> str:
@@ -75,7 +108,7 @@ def transfer_section(results: Results) -> Html | None:
     matrices = transfer_matrices(results)
     if not matrices:
         return None
-    drawn = [tables.transfer_table(matrix, i) for i, matrix in enumerate(matrices)]
+    drawn = [robustness_tables.transfer_table(matrix, i) for i, matrix in enumerate(matrices)]
     lead = (
         "A black-box attacker has no access to the model: the images are made on another model of the study. The "
         "worst over sources, by which the figures and tables above judge a model, counts models of other trainings "

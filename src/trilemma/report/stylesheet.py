@@ -82,6 +82,8 @@ sup a { text-decoration: none; padding: 0 .1em; }
   font-weight: 400;
   text-align: center; overflow-wrap: break-word; }
 .heat th[scope=row] { font-size: .8rem; min-width: 10rem; }
+.flags th, .flags td { text-align: left; padding: .3rem .4rem; }
+.flags thead th { white-space: normal; max-width: 6rem; }
 figure { margin: 1rem 0; }
 figcaption { color: var(--soft); font-size: .88rem; max-width: 78ch; }
 .plot { min-height: 12rem; }

@@ -7,6 +7,7 @@ from trilemma.report import numbers
 from trilemma.report.configurations import Headline, Row, claims_of, configuration_rows, headline
 from trilemma.report.datasets import data_of
 from trilemma.report.estimates import Estimate
+from trilemma.report.flags import why_withheld
 from trilemma.report.pareto import pareto_rows
 from trilemma.results import Results
 
@@ -17,8 +18,10 @@ def summary_rows(results: Results) -> list[dict[str, Any]]:
     """Returns one dict per configuration and compression; what is missing is None, never 0.
 
     Every rate has three entries: its name, `NAME_low` and `NAME_high`. `robust_evaluation` and `robust_radius` say
-    under which attack `robust_accuracy` was measured, `privacy_unit`, `delta` and `trust` what `epsilon` is about, and
-    `positive_class` whose images `sensitivity` is about (None for more than two classes: it is a macro average).
+    under which attack `robust_accuracy` was measured, `robust_auroc_evaluation` which one measured `robust_auroc`;
+    `flags` are the signs that the robustness is not there, and `robust_withheld_because` why a number is withheld.
+    `privacy_unit`, `delta` and `trust` say what `epsilon` is about, `positive_class` whose images
+    `sensitivity` is about (None for more than two classes: it is a macro average).
     """
     rows = configuration_rows(results)
     by = headline(rows)
@@ -46,6 +49,7 @@ def legend(results: Results) -> list[str]:
     """Returns what a reader of `written_rows` must know: its signs, the majority class, what epsilon is about."""
     rows = configuration_rows(results)
     said = ["★ Pareto-optimal, ↓ at or below the majority class, – not measured."]
+    said += _about_withheld(rows)
     shares = majority_shares(rows)
     if shares:
         said.append(f"Majority class: {shares} of the test images.")
@@ -55,6 +59,20 @@ def legend(results: Results) -> list[str]:
     elif claims:
         said.append("Epsilons are compared only where unit, δ and noise are the same.")
     return said
+
+
+def _about_withheld(rows: Sequence[Row]) -> list[str]:
+    """Returns which robust accuracies of the table are withheld and by which flags, in one line, or nothing."""
+    by = headline(rows)
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        robust = row.under(by.evaluation, by.radius).robust
+        if robust.withheld:
+            found.setdefault(why_withheld(robust, row.diagnosed), []).append(f"“{row.title}”")
+    if not found:
+        return []
+    each = "; ".join(f"{', '.join(titles)} ({why})" for why, titles in found.items())
+    return [f"Withheld, for there are signs that the robustness is not there: {each}."]
 
 
 def majority_shares(rows: Sequence[Row]) -> str:
@@ -84,8 +102,17 @@ def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
         "robust_evaluation": by.evaluation or None,
         "robust_radius": by.radius if by.evaluation else None,
     }
-    plain |= _three("robust_accuracy", row.under(by.evaluation, by.radius).robust)
+    at = row.under(by.evaluation, by.radius)
+    score = row.scored(by.evaluation, by.radius)
+    plain |= _three("robust_accuracy", at.robust)
+    plain |= _three("robust_accuracy_among_correct", at.among_correct)
+    plain |= _three("robust_auroc", score.estimate)
+    plain |= _three("robust_sensitivity", at.sensitivity)
+    plain |= _three("robust_specificity", at.specificity)
     return plain | {
+        "robust_auroc_evaluation": score.evaluation or None,
+        "robust_withheld_because": at.robust.reason if at.robust.withheld else "",
+        "flags": list(row.flags),
         "file_bytes": row.file_bytes.value,
         "latency_batch1_seconds": row.latency_1.value,
         "latency_batch32_seconds": row.latency_32.value,

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 
 from trilemma.report import numbers
 from trilemma.report.claims import TIME_IS_SECRET
-from trilemma.report.configurations import ATTACK_STRENGTH, Headline, Row, claims_of
+from trilemma.report.configurations import Headline, Row, claims_of
 from trilemma.report.estimates import Estimate
+from trilemma.report.flags import in_words
 from trilemma.report.markup import Content, Html, tag
 from trilemma.report.pareto import pareto_rows
 from trilemma.report.summary import majority_shares
-from trilemma.report.transfer import Transfer
 from trilemma.results import DataFacts, Results
 
 
@@ -57,6 +57,8 @@ def header(cells: Sequence[Content], first: int = 1) -> Html:
 
 def rate_cell(metric: str, estimate: Estimate, notes: Notes, majority: float | None = None) -> Html:
     """Returns a cell with a metric and its interval; marked where it is at or below the majority class."""
+    if estimate.withheld:
+        return withheld(estimate.reason, notes)
     if estimate.value is None:
         return absent(estimate.reason, notes)
     below = majority is not None and estimate.value <= majority
@@ -81,6 +83,12 @@ def amount_cell(estimate: Estimate, write, notes: Notes) -> Html:
 def absent(reason: str, notes: Notes) -> Html:
     """Returns a cell without a value, and why."""
     return tag("td", numbers.NO_VALUE, notes.mark(reason or "not measured"), class_="missing", title=reason)
+
+
+def withheld(reason: str, notes: Notes) -> Html:
+    """Returns a cell whose value may not be shown, and why."""
+    why = in_words(reason)
+    return tag("td", numbers.WITHHELD, notes.mark(why), class_="missing", title=why)
 
 
 def main_table(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Html:
@@ -120,6 +128,8 @@ def _main_caption(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Co
         shares = majority_shares(rows)
         robust = f" Robust: accuracy under “{by.evaluation}” at radius {numbers.radius(by.radius)}"
         robust += f"; always giving the most frequent answer reaches {shares}." if shares else "."
+        if any(row.under(by.evaluation, by.radius).robust.withheld for row in rows):
+            robust += " It is withheld where there are signs that the robustness is not there: no ★ counts it."
     return (
         f"Means over seeds {', '.join(map(str, seeds))}, with 95\u00a0% intervals: Student’s t over seeds, or the mean "
         f"interval of the single models where that is wider.{_about_epsilon(rows)}{robust} ★ marks what is "
@@ -173,60 +183,6 @@ def _epsilon_cell(row: Row, notes: Notes, mixed: bool) -> Html:
         return tag("td", "no guarantee", notes.mark("; ".join(row.void)), class_="missing")
     about = tag("span", row.claim.in_words, class_="range") if mixed and row.claim else None
     return tag("td", tag("data", numbers.epsilon(row.epsilon), value=repr(row.epsilon)), about)
-
-
-def robustness_table(rows: Sequence[Row]) -> Html:
-    """Returns robust accuracy of every row under every attack and radius."""
-    notes = Notes("note-robust")
-    attacks = dict.fromkeys((a.evaluation, a.kind, a.radius) for row in rows for a in row.attacked)
-    columns = sorted(attacks, key=lambda a: (-ATTACK_STRENGTH.get(a[1], 0), a[0], a[2]))
-    body = [
-        tag(
-            "tr",
-            tag("th", row.title, scope="row"),
-            rate_cell("accuracy", row.metric("accuracy"), notes, row.majority),
-            *(
-                rate_cell("robust_accuracy", row.under(name, radius).robust, notes, row.majority)
-                for name, _, radius in columns
-            ),
-        )
-        for row in rows
-    ]
-    titles = [[name, Html("<br>"), numbers.radius(radius)] for name, _, radius in columns]
-    return table(
-        "Robust accuracy: the share of test images that are answered right both clean and attacked.",
-        [header(["Configuration", "clean", *titles])],
-        body,
-        notes,
-    )
-
-
-def transfer_table(transfer: Transfer, index: int) -> Html:
-    """Returns the transfer matrix as a heat map: the darker, the more accuracy survives."""
-    notes = Notes(f"note-transfer-{index}")
-    body = []
-    for source, values, same in zip(transfer.sources, transfer.values, transfer.same_training, strict=True):
-        cells = [_transfer_cell(value, is_same) for value, is_same in zip(values, same, strict=True)]
-        body.append(tag("tr", tag("th", source, scope="row"), *cells))
-    caption = (
-        f"{transfer.evaluation} at radius {numbers.radius(transfer.radius)}: robust accuracy in percent, mean over "
-        "seeds. Row: the model on which the images were made. Column: the model that they attack. The darker, the more "
-        "answers survive; – where a model would attack itself."
-    )
-    if any(map(any, transfer.same_training)):
-        caption += (
-            " † The two are files of one training (where hospitals trained alone: some of the pairs are), nearly the "
-            "same model; no black-box attacker has that file, so the worst over sources leaves it out."
-        )
-    return table(caption, [header(["made on ↓  attacks →", *transfer.targets])], body, notes, class_="heat")
-
-
-def _transfer_cell(value: float | None, same_training: bool) -> Html:
-    if value is None:
-        return tag("td", numbers.NO_VALUE, class_="missing", title="no such pair was attacked", style="--share:0")
-    number = tag("data", f"{100 * value:.1f}", value=repr(value))
-    content = [tag("em", number), "†"] if same_training else [number]
-    return tag("td", *content, style=f"--share:{value:.3f}")
 
 
 def cost_table(rows: Sequence[Row]) -> Html:

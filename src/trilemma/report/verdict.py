@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from trilemma.report import numbers
 from trilemma.report.configurations import Headline, Row
+from trilemma.report.flags import why_withheld
 
 #: A file counts as small when it takes at most this share of the largest one that was measured.
 SMALL_SHARE = 0.5
@@ -62,6 +63,15 @@ def verdict(rows: Sequence[Row], by: Headline) -> str:
     return _lost(reached, by)
 
 
+def is_open(row: Row, at: Corners, by: Headline) -> bool:
+    """Returns whether only the robust accuracy that is withheld stands between a row and all three corners.
+
+    Where it is withheld because the model hardly tells images apart nothing is open: that is not robust.
+    """
+    constant = row.constant or any(flag.name == "constant" for flag in row.raised)
+    return at.private and at.small and row.under(by.evaluation, by.radius).robust.withheld and not constant
+
+
 def attack(by: Headline) -> str:
     """Returns the attack that rows are judged by, to stand in a sentence."""
     return f"“{by.evaluation}” at radius {numbers.radius(by.radius)}"
@@ -93,15 +103,22 @@ def _won(row: Row, at: Corners, num_winners: int, choices: Sequence[Row], by: He
 def _lost(reached: Sequence[tuple[Row, Corners]], by: Headline) -> str:
     num = len(reached)
     counts = [sum(getattr(c, name) for _, c in reached) for name in ("private", "robust", "small")]
+    withheld = sum(row.under(by.evaluation, by.radius).robust.withheld for row, _ in reached)
+    unknown = any(is_open(row, at, by) for row, at in reached)
+    said, does = ("Not shown", "is shown to do") if unknown else ("No", "does")
     text = (
-        f"No. Of {num} configurations as shipped, {counts[0]} carry a privacy guarantee, {counts[1]} are better under "
-        f"{attack(by)} than always giving the most frequent answer, and "
-        f"{counts[2]} ship a file of at most half the largest; none does all three."
+        f"{said}. Of {num} configurations as shipped, {counts[0]} carry a privacy "
+        f"guarantee, {counts[1]} are better under {attack(by)} than always giving the most frequent answer, and "
+        f"{counts[2]} ship a file of at most half the largest; none {does} all three."
     )
+    if withheld:
+        text += f" The robust accuracy of {withheld} is withheld, and counts as none."
     able = [(row, at) for row, at in reached if not row.constant]
     if not able:
         return text
-    row, at = max(able, key=lambda item: (sum(item[1][:3]), item[0].metric(by.utility).value or 0.0))
+    row, at = max(
+        able, key=lambda item: (sum(item[1][:3]), is_open(*item, by), item[0].metric(by.utility).value or 0.0)
+    )
     words = ("private", "robust", "small")
     has = [word for word, there in zip(words, at[:3], strict=True) if there]
     lacks = [word for word, there in zip(words, at[:3], strict=True) if not there]
@@ -120,6 +137,8 @@ def _lost(reached: Sequence[tuple[Row, Corners]], by: Headline) -> str:
 
 def _robustness(row: Row, by: Headline) -> str:
     estimate = row.under(by.evaluation, by.radius).robust
+    if estimate.withheld:
+        return f"its accuracy under {by.evaluation} is withheld ({why_withheld(estimate, row.diagnosed)})"
     if estimate.value is None:
         return f"its accuracy under {by.evaluation} is not known ({estimate.reason})"
     majority = "" if row.majority is None else f", against {numbers.percent(row.majority)} for a constant answer"

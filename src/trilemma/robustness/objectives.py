@@ -4,6 +4,8 @@ Each record's views depend on that record, the weights and data-independent draw
 of a record count as one record when gradients are clipped, keeps DP-SGD's guarantee.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,25 @@ def adversarial(attack: Evasion, budget: Budget, fraction: float = 1.0) -> Objec
         return x_view_BCHW[:, None]
 
     return Objective(views, mean_cross_entropy)
+
+
+def adjusted(objective: Objective, class_shares: Sequence[float]) -> Objective:
+    """Returns an objective whose logits are raised by the logarithm of how frequent each class is.
+
+    A model trained so answers as if all classes were equally frequent, whatever they are in its training images. Each
+    record's loss still hangs on that record alone; the shares must be public where privacy is promised.
+
+    References: Menon et al. (2021), equation 10, with their tau of 1.
+
+    Args:
+        objective: What is adjusted.
+        class_shares: Share of each class in the training images, in label order; positive.
+    """
+
+    def loss(logits_BVK: Tensor, y_B: Tensor) -> Tensor:
+        return objective.loss(logits_BVK + logits_BVK.new_tensor(class_shares).log(), y_B)
+
+    return Objective(objective.views, loss)
 
 
 def mean_cross_entropy(logits_BVK: Tensor, y_B: Tensor) -> Tensor:

@@ -1,17 +1,22 @@
 """From the store to what a report reads: the results of one study, and what is missing of it."""
 
+from collections.abc import Iterable
+
+from trilemma.attacks.evasion.attack import Attack
 from trilemma.evaluation.estimates import undefined
 from trilemma.evaluation.measurement import Measurement, on_split
-from trilemma.evaluation.specs import AllAtOnce, Transfer
+from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
-from trilemma.study.combine import combined_key, pair_keys, why_undefined
+from trilemma.study.combine import diagnostics_key, key_of, pair_keys, why_undefined
 from trilemma.study.facts import facts_key, public_data, public_key
-from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell, Plan, Training
 from trilemma.study.store import Store
 
 #: Examples that a report shows at most; each is three images.
 MAX_EXAMPLES = 24
+
+#: Why robust accuracies are withheld until it has been looked whether they are real.
+NOT_DIAGNOSED = "withheld until the diagnostics have run"
 
 
 def assemble(plan: Plan, store: Store, toml: str, command: str) -> Results:
@@ -87,26 +92,55 @@ def _artefact(cell: Cell, store: Store) -> Artefact | None:
 
 def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list[tuple[Evaluated, tuple[Example, ...]]]:
     """Returns every evaluation of an artefact; a transfer is one with a row for each source and one for the worst."""
+    doubts = _doubts(plan, cell, store)
     found = []
     for spec in plan.evaluations:
-        combined = isinstance(spec, (Transfer, AllAtOnce))
-        keys = [] if combined else [evaluation_key(cell.key, spec)]
+        keys = _keys(plan, cell, spec)
         measurements: tuple[Measurement, ...] = ()
-        if combined and (reason := why_undefined(plan, cell, spec)):
+        if isinstance(spec, (Transfer, AllAtOnce)) and (reason := why_undefined(plan, cell, spec)):
             measurements = on_split(_undefined(spec, reason), cell.training.spec.data.evaluate_on)
-        elif combined:
-            keys = [combined_key(plan, cell, spec)]
-        keys += pair_keys(plan, cell, spec) if isinstance(spec, Transfer) else []
         rows = [row for key in keys if (row := store.evaluation(key))]
         if len(rows) < len(keys):
             missing.append(f"{spec.label} of {_place(cell)}")
         if not rows and not measurements:
             continue
         measurements += tuple(measurement for row in rows for measurement in row.measurements)
+        if isinstance(spec, (Attack, Transfer, AllAtOnce)) and (doubt := doubts.get(spec.norm, "")):
+            measurements = tuple(_withheld(measurement, doubt) for measurement in measurements)
         seconds = sum(row.seconds for row in rows)
-        shown = Evaluated(cell.key, spec.label, spec.kind, measurements, seconds)
+        label = str(rows[0].spec["label"]) if rows and isinstance(spec, Attack) else spec.label
+        shown = Evaluated(cell.key, label, spec.kind, measurements, seconds)
         found.append((shown, tuple(example for row in rows for example in row.examples)))
     return found
+
+
+def _keys(plan: Plan, cell: Cell, spec: EvaluationSpec) -> list[str]:
+    """Returns the keys of the rows that an evaluation of an artefact consists of."""
+    known = [] if why_undefined(plan, cell, spec) else [key_of(plan, cell, spec)]
+    return known + (pair_keys(plan, cell, spec) if isinstance(spec, Transfer) else [])
+
+
+def _doubts(plan: Plan, cell: Cell, store: Store) -> dict[str, str]:
+    """Returns norm -> why robust accuracies in it are withheld: a raised flag, or diagnostics that were not made."""
+    doubts = {}
+    for spec in plan.evaluations:
+        if isinstance(spec, Diagnostics):
+            row = store.evaluation(diagnostics_key(plan, cell, spec))
+            doubt = _raised(row.measurements) if row else NOT_DIAGNOSED
+            doubts[spec.norm] = "; ".join(filter(None, (doubts.get(spec.norm), doubt)))
+    return doubts
+
+
+def _raised(measurements: Iterable[Measurement]) -> str:
+    """Returns the raised flags among some diagnostics with their evidence, or "" without one."""
+    raised = [m for m in measurements if m.metric.startswith("flag_") and m.value]
+    return "; ".join(f"{m.metric.removeprefix('flag_')}: {m.reason}" for m in raised)
+
+
+def _withheld(measurement: Measurement, doubt: str) -> Measurement:
+    if measurement.value is None:
+        return measurement
+    return measurement._replace(value=None, low=None, high=None, status="withheld", reason=doubt)
 
 
 def _undefined(spec: Transfer | AllAtOnce, reason: str) -> tuple[Measurement, ...]:

@@ -10,10 +10,8 @@ from rich.text import Text
 from trilemma.data.records import Dataset, Partition
 from trilemma.data.roots import DataRoots
 from trilemma.data.summary import client_rows
-from trilemma.evaluation.specs import AllAtOnce, Transfer
-from trilemma.study.combine import combined_key, undefined_evaluations, why_undefined
+from trilemma.study.combine import key_of, undefined_evaluations, why_undefined
 from trilemma.study.facts import facts_key, prepare_all, public_data
-from trilemma.study.keys import evaluation_key
 from trilemma.study.ledgers import check_books, unpromised_phrases
 from trilemma.study.plan import Plan, Training, without_guarantee
 from trilemma.study.progress import READING, Progress
@@ -114,7 +112,7 @@ def _client_table(training: Training, dataset: Dataset, partition: Partition) ->
 def _size_table(plan: Plan, folder: Path) -> Table:
     runs, artefacts, evaluations = _stored(folder)
     wanted = [
-        combined_key(plan, cell, spec) if isinstance(spec, (Transfer, AllAtOnce)) else evaluation_key(cell.key, spec)
+        key_of(plan, cell, spec)
         for cell in plan.cells
         for spec in plan.evaluations
         if not why_undefined(plan, cell, spec)

@@ -6,9 +6,11 @@ from functools import partial
 
 import numpy as np
 
+from trilemma.attacks.evasion.attack import Attack
+from trilemma.attacks.evasion.specs import EvasionSpec
 from trilemma.evaluation.measurement import Outcome, on_split
 from trilemma.evaluation.robustness import robust_measurements, worst_logits
-from trilemma.evaluation.specs import AllAtOnce, Clean, EvaluationSpec, FgsmAttack, PgdAttack, Transfer
+from trilemma.evaluation.specs import AllAtOnce, Clean, Diagnostics, EvaluationSpec, Transfer
 from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell, Plan
 from trilemma.study.provenance import provenance
@@ -60,13 +62,34 @@ def combined_key(plan: Plan, cell: Cell, spec: Transfer | AllAtOnce) -> str:
     return evaluation_key(cell.key, spec, [*sources, "worst"])
 
 
-def part_keys(plan: Plan, cell: Cell, spec: Transfer | FgsmAttack | PgdAttack | AllAtOnce) -> list[str]:
+def part_keys(plan: Plan, cell: Cell, spec: EvasionSpec | Transfer | AllAtOnce) -> list[str]:
     """Returns the keys of the evaluations that an evaluation is made of; transfers count from other trainings only."""
     if isinstance(spec, AllAtOnce):
         return [key for part in spec.attacks for key in part_keys(plan, cell, part)]
     if isinstance(spec, Transfer):
         return [evaluation_key(cell.key, spec, (source.key,)) for source in plan.strangers(cell)]
     return [evaluation_key(cell.key, spec)]
+
+
+def evidence_keys(plan: Plan, cell: Cell, spec: Diagnostics) -> tuple[list[str], list[str]]:
+    """Returns the keys of what the study tried on an artefact at the diagnosed budget: white box, and transferred."""
+    at = [s for s in plan.evaluations if isinstance(s, (Attack, Transfer)) and spec.budget in s.budgets]
+    white = [evaluation_key(cell.key, attack) for attack in at if isinstance(attack, Attack) and attack.sees_gradients]
+    transferred = [key for attack in at if isinstance(attack, Transfer) for key in part_keys(plan, cell, attack)]
+    return white, transferred
+
+
+def diagnostics_key(plan: Plan, cell: Cell, spec: Diagnostics) -> str:
+    """Returns the key of the diagnostics of an artefact; with other evidence it is another one."""
+    white, transferred = evidence_keys(plan, cell, spec)
+    return evaluation_key(cell.key, spec, white + transferred)
+
+
+def key_of(plan: Plan, cell: Cell, spec: EvaluationSpec) -> str:
+    """Returns the key of an evaluation of an artefact, whatever its kind; of a transfer, that of the worst source."""
+    if isinstance(spec, (Transfer, AllAtOnce)):
+        return combined_key(plan, cell, spec)
+    return diagnostics_key(plan, cell, spec) if isinstance(spec, Diagnostics) else evaluation_key(cell.key, spec)
 
 
 def pair_keys(plan: Plan, cell: Cell, spec: Transfer) -> list[str]:

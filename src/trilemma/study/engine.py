@@ -1,18 +1,25 @@
 """Walks the cells of a study and does what the store does not hold yet.
 
-Trainings, then artefacts, then clean metrics, then attacks, all in parallel; then what combines stored outcomes; and
-last, alone on the machine, latency. Whenever it is killed, what ended is in the store and the rest is done next time.
+Trainings, then artefacts, then clean metrics, then attacks, all in parallel; then what combines stored outcomes, then
+the diagnostics; and last, alone on the machine, latency. Whenever it is killed, what ended is in the store and the rest
+is done next time.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
+import numpy as np
+
+from trilemma.attacks.evasion.attack import Attack
+from trilemma.attacks.evasion.specs import EvasionSpec
 from trilemma.errors import TrilemmaError
-from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
-from trilemma.study.combine import combine, undefined_evaluations
+from trilemma.evaluation.specs import Clean, Cost, Diagnostics, Transfer
+from trilemma.study.combine import combine, diagnostics_key, evidence_keys, undefined_evaluations
 from trilemma.study.compress_job import compress_job
-from trilemma.study.evaluate_job import Attack, attack_job, clean_job, cost_job
+from trilemma.study.diagnose_job import Tried, diagnose_job
+from trilemma.study.evaluate_job import AttackTask, attack_job, clean_job, cost_job
 from trilemma.study.facts import preflight
 from trilemma.study.keys import evaluation_key
 from trilemma.study.ledgers import book_stored, check_books
@@ -65,6 +72,7 @@ class Engine:
         failed += self._stage("attacking", self._attacks(), self.store.add_evaluations)
         for rows in combine(self.plan, self.store, self.place):
             failed += self._kept("combine", self.store.add_evaluations, rows)
+        failed += self._stage("diagnosing", self._diagnoses(), lambda row: self.store.add_evaluations([row]))
         alone = replace(self, num_processes=1)
         failed += alone._stage("latency", self._costs(), lambda row: self.store.add_evaluations([row]))
         if failed:
@@ -139,6 +147,25 @@ class Engine:
             jobs.append(Job(title, attack.source.key, attack_job, (replace(attack, clean=logits),)))
         return jobs
 
+    def _diagnoses(self) -> list[Job]:
+        done, jobs = self.store.keys("evaluations"), []
+        wanted = [spec for spec in self.plan.evaluations if isinstance(spec, Diagnostics)]
+        for spec, cell in product(wanted, self._ready()):
+            key = diagnostics_key(self.plan, cell, spec)
+            white, transferred = evidence_keys(self.plan, cell, spec)
+            if key not in done and {*white, *transferred, evaluation_key(cell.key, Clean())} <= done:
+                tried = Tried(
+                    self._logits([evaluation_key(cell.key, Clean())], None)[0],
+                    self._logits(white, spec.radius),
+                    self._logits(transferred, spec.radius),
+                )
+                jobs.append(Job(_title("diagnose", cell), cell.key, diagnose_job, (cell, spec, key, tried)))
+        return jobs
+
+    def _logits(self, keys: list[str], radius: float | None) -> tuple[np.ndarray, ...]:
+        outcomes = [outcome for key in keys for outcome in self.store.outcomes(key)]
+        return tuple(outcome.logits_NK for outcome in outcomes if outcome.radius == radius)
+
     def _ready(self) -> list[Cell]:
         done = self.store.keys("artefacts")
         return [cell for cell in self.plan.cells if cell.key in done]
@@ -158,7 +185,7 @@ def missing_trainings(plan: Plan, store: Store) -> list[Job]:
     ]
 
 
-def attacks_to_make(plan: Plan, done: set[str], ready: set[str]) -> list[Attack]:
+def attacks_to_make(plan: Plan, done: set[str], ready: set[str]) -> list[AttackTask]:
     """Returns the attacks that are missing, each with all the artefacts that it has yet to be tried on.
 
     A transferred attack makes the same images on its source as the white-box attack of that spec, so the two are one
@@ -169,14 +196,16 @@ def attacks_to_make(plan: Plan, done: set[str], ready: set[str]) -> list[Attack]
         done: Keys of the evaluations in the store.
         ready: Keys of the artefacts that can be attacked.
     """
-    direct = [spec for spec in plan.evaluations if isinstance(spec, (FgsmAttack, PgdAttack))]
-    transfers = {spec.on_the_source: spec for spec in plan.evaluations if isinstance(spec, Transfer)}
+    direct = [spec for spec in plan.evaluations if isinstance(spec, Attack)]
+    transfers: dict[EvasionSpec, Transfer] = {
+        spec.attack: spec for spec in plan.evaluations if isinstance(spec, Transfer)
+    }
     attacks = []
     for source in plan.cells:
         if source.key not in ready:
             continue
         for spec in dict.fromkeys([*direct, *transfers]):
-            transfer = transfers.get(spec) if isinstance(spec, PgdAttack) else None
+            transfer = transfers.get(spec)
             white_box = spec in direct and evaluation_key(source.key, spec) not in done
             targets = tuple(
                 cell
@@ -184,5 +213,5 @@ def attacks_to_make(plan: Plan, done: set[str], ready: set[str]) -> list[Attack]
                 if cell.key in ready and evaluation_key(cell.key, transfer, (source.key,)) not in done  # type: ignore[arg-type]
             )
             if white_box or targets:
-                attacks.append(Attack(spec, source, white_box, transfer, targets, {}))
+                attacks.append(AttackTask(spec, source, white_box, transfer, targets, {}))
     return attacks

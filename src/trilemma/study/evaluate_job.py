@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from trilemma.attacks.budget import Budget
+from trilemma.attacks.evasion.attack import Attack
+from trilemma.attacks.evasion.specs import EvasionSpec
 from trilemma.data.images import png_bytes
 from trilemma.data.records import Dataset, Records
 from trilemma.evaluation.clean import clean_measurements
@@ -14,8 +16,8 @@ from trilemma.evaluation.cost import cost_measurements
 from trilemma.evaluation.harness import Target, agreement_measurements, attack_images, attacked_logits, clean_logits
 from trilemma.evaluation.measurement import Measurement, Outcome, on_split
 from trilemma.evaluation.metrics import predictions
-from trilemma.evaluation.robustness import robust_measurements
-from trilemma.evaluation.specs import Clean, Cost, FgsmAttack, PgdAttack, Transfer
+from trilemma.evaluation.robustness import robust_auroc, robust_measurements, worst_logits
+from trilemma.evaluation.specs import Clean, Cost, EvaluationSpec, Transfer
 from trilemma.results import Example
 from trilemma.study.files import open_model
 from trilemma.study.keys import evaluation_key
@@ -29,7 +31,7 @@ NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Attack:
+class AttackTask:
     """An attack made once on a source and tried on several artefacts.
 
     Attributes:
@@ -41,7 +43,7 @@ class Attack:
         clean: Artefact key -> logits on clean images, for the source and every target.
     """
 
-    spec: FgsmAttack | PgdAttack
+    spec: EvasionSpec
     source: Cell
     white_box: bool
     transfer: Transfer | None
@@ -64,7 +66,7 @@ def clean_job(place: Workplace, cell: Cell) -> EvaluationRow:
     return _row(place, cell, Clean(), (), started, measurements, [Outcome(logits_NK)])
 
 
-def attack_job(place: Workplace, attack: Attack) -> list[EvaluationRow]:
+def attack_job(place: Workplace, attack: AttackTask) -> list[EvaluationRow]:
     """Makes an attack on its source and judges it on the source, the targets, or both.
 
     Every row bears an equal share of the job's time, so that the rows' seconds add up to what was spent.
@@ -75,24 +77,45 @@ def attack_job(place: Workplace, attack: Attack) -> list[EvaluationRow]:
     source = open_target(place, attack.source)
     cells = ((attack.source,) if attack.white_box else ()) + attack.targets
     targets = [source if cell is attack.source else open_target(place, cell) for cell in cells]
-    logits = [
-        attacked_logits(source.twin, targets, attack.spec.make(), budget, dataset.test, spec.seed)
-        for budget in attack.spec.budgets
-    ]
+    made = [_made(attack, source, targets, budget, dataset.test) for budget in attack.spec.budgets]
     rows = []
     for position, cell in enumerate(cells):
         outcomes = [
-            Outcome(logits[i][position], budget.radius, None if cell is attack.source else attack.source.key)
-            for i, budget in enumerate(attack.spec.budgets)
+            Outcome(logits[position], budget.radius, None if cell is attack.source else attack.source.key)
+            for (logits, _), budget in zip(made, attack.spec.budgets, strict=True)
         ]
         measurements = _robust(outcomes, attack.clean[cell.key], dataset.test, spec.seed)
         if cell is attack.source:
+            measurements += [measurement for _, scores in made for measurement in scores]
             examples = _examples(place, attack, source, dataset)
             rows.append(_row(place, cell, attack.spec, (), started, measurements, outcomes, examples))
         elif attack.transfer is not None:
             rows.append(_row(place, cell, attack.transfer, (attack.source.key,), started, measurements, outcomes))
     share = (time.perf_counter() - started) / max(len(rows), 1)
     return [replace(row, seconds=share) for row in rows]
+
+
+def _made(
+    attack: AttackTask, source: Target, targets: list[Target], budget: Budget, test: Records
+) -> tuple[list[np.ndarray], list[Measurement]]:
+    """Returns every target's logits under an attack at one radius, and the source's AUROC where the attack gives one.
+
+    Images that shall transfer, and those that give the AUROC, are driven to the highest loss. Where that takes an
+    attack of its own, its answers count for the source too, image by image.
+    """
+    seed, scored = attack.source.training.spec.seed, attack.spec.scored if attack.white_box else None
+    stop = not attack.targets and scored != attack.spec
+    evasion = attack.spec.make(source.access, stop=stop)
+    logits = attacked_logits(source.twin, targets, evasion, budget, test, seed)
+    if scored is None:
+        return logits, []
+    scored_NK = logits[0]
+    if scored != attack.spec:
+        full = scored.make(source.access, stop=False)
+        (scored_NK,) = attacked_logits(source.twin, [source], full, budget, test, seed)
+        clean_NK = attack.clean[attack.source.key]
+        logits[0] = np.asarray(worst_logits([logits[0], scored_NK], clean_NK, test.labels_N))
+    return logits, [robust_auroc(scored_NK, test.labels_N, test.units(), budget.radius, seed)]
 
 
 def cost_job(place: Workplace, cell: Cell, spec: Cost) -> EvaluationRow:
@@ -107,7 +130,10 @@ def cost_job(place: Workplace, cell: Cell, spec: Cost) -> EvaluationRow:
 def open_target(place: Workplace, cell: Cell) -> Target:
     """Returns an artefact ready to be attacked: the session on its file, and its twin."""
     session = open_model(place.files.model(cell.key), place.threads)
-    return Target(cell.key, session.predict, place.twin(cell))
+    training = cell.training
+    compressed = cell.compression.kind != "none"
+    surrogates = (place.trained(training.spec, training.key),) if compressed else ()
+    return Target(cell.key, session.predict, place.twin(cell), surrogates)
 
 
 def _robust(outcomes: list[Outcome], clean_NK: np.ndarray, test: Records, seed: int) -> list[Measurement]:
@@ -123,7 +149,7 @@ def _robust(outcomes: list[Outcome], clean_NK: np.ndarray, test: Records, seed: 
 def _row(
     place: Workplace,
     cell: Cell,
-    spec: Clean | Cost | FgsmAttack | PgdAttack | Transfer,
+    spec: EvaluationSpec,
     sources: tuple[str, ...],
     started: float,
     measurements: list[Measurement],
@@ -133,7 +159,7 @@ def _row(
     return EvaluationRow(
         key=evaluation_key(cell.key, spec, sources),
         artefact_key=cell.key,
-        spec={**spec.model_dump(mode="json"), "label": spec.label},
+        spec={**spec.model_dump(mode="json"), "label": name_of(place, cell, spec)},
         provenance=provenance(place.torch_device),
         seconds=time.perf_counter() - started,
         measurements=on_split(measurements, cell.training.spec.data.evaluate_on),
@@ -142,7 +168,12 @@ def _row(
     )
 
 
-def _examples(place: Workplace, attack: Attack, source: Target, dataset: Dataset) -> list[Example]:
+def name_of(place: Workplace, cell: Cell, spec: EvaluationSpec) -> str:
+    """Returns an evaluation's label as run on these data: an AutoAttack says which variant it was."""
+    return spec.name(len(place.dataset(cell.training.spec.data).classes)) if isinstance(spec, Attack) else spec.label
+
+
+def _examples(place: Workplace, attack: AttackTask, source: Target, dataset: Dataset) -> list[Example]:
     """Returns images for the report: of each class the first that the model answers rightly, at the largest radius.
 
     None whose answers are not finite, before or under attack: they have no confidence to show.
@@ -155,7 +186,9 @@ def _examples(place: Workplace, attack: Attack, source: Target, dataset: Dataset
         return []
     records = dataset.test.subset(chosen)
     x_BCHW = records.x()
-    x_adv_BCHW = attack_images(source.twin, attack.spec.make(), budget, records, attack.source.training.spec.seed)
+    x_adv_BCHW = attack_images(
+        source.twin, attack.spec.make(source.access), budget, records, attack.source.training.spec.seed
+    )
     adversarial_BK = source.predict(x_adv_BCHW)
     return [
         _example(attack, budget, dataset, x_BCHW[i], x_adv_BCHW[i], torch.from_numpy(clean_NK[n]), adversarial_BK[i], n)
@@ -165,7 +198,7 @@ def _examples(place: Workplace, attack: Attack, source: Target, dataset: Dataset
 
 
 def _example(
-    attack: Attack,
+    attack: AttackTask,
     budget: Budget,
     dataset: Dataset,
     clean_CHW: torch.Tensor,

@@ -7,6 +7,7 @@ from trilemma.data.specs import DataSpec
 from trilemma.data.summary import client_rows
 from trilemma.errors import Failure, UserError
 from trilemma.evaluation.metrics import majority_class
+from trilemma.federation.early_stopping import looks_at_public
 from trilemma.federation.pretraining import refuse_unfit
 from trilemma.federation.training import prepare
 from trilemma.results import DataFacts
@@ -44,9 +45,11 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
         prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
     for cell in plan.cells:
         _refuse_calibration_on_measured(cell)
-    pairs = dict.fromkeys((t.spec.data, t.spec.pretraining.data) for t in plan.trainings if t.spec.pretraining)
-    for data, public in pairs:
-        refuse_unfit(place.dataset(data), public.load(place.roots))
+    uses = dict.fromkeys(
+        (t.spec.data, t.spec.pretraining.data, looks_at_public(t.spec)) for t in plan.trainings if t.spec.pretraining
+    )
+    for data, public, looked_at in uses:
+        refuse_unfit(place.dataset(data), public.load(place.roots), looked_at)
 
 
 def _refuse_calibration_on_measured(cell: Cell) -> None:

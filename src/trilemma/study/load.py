@@ -3,6 +3,7 @@
 import difflib
 import tomllib
 from pathlib import Path
+from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -137,14 +138,22 @@ def valid_fields(model: type[BaseModel], place: list[Any], raw: Any) -> list[str
 
 def _member(annotation: Any, raw: Any) -> Any:
     """Returns the member of a union that a raw table selects by its kind, or the annotation itself."""
-    if get_origin(annotation) is not None and hasattr(annotation, "__metadata__"):
-        annotation = get_args(annotation)[0]
-    origin = get_origin(annotation)
-    if origin is not Union and str(origin) != "<class 'types.UnionType'>":
+    members = _models(annotation)
+    if not members:
         return annotation
-    members = [m for m in get_args(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
     kind = raw.get("kind") if isinstance(raw, dict) else None
     for member in members:
         if "kind" in member.model_fields and member.model_fields["kind"].default == kind:
             return member
     return members[0] if len(members) == 1 else None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Returns the models of a union, also of one within another; nothing where it is no union of models."""
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return _models(get_args(annotation)[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) not in (Union, UnionType):
+        return []
+    return [model for member in get_args(annotation) for model in _models(member)]

@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from trilemma.attacks.budget import Norm
+from trilemma.attacks.evasion.attack import Attack
 from trilemma.compression.specs import CompressionSpec
 from trilemma.errors import UserError
-from trilemma.evaluation.specs import AllAtOnce, EvaluationSpec
+from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
 from trilemma.federation.specs import LocalOnly, TrainSpec
 from trilemma.privacy.specs import DpSgd
 from trilemma.spec import content_key
@@ -62,7 +64,7 @@ class Plan:
         study: The study.
         trainings: In the file's order, seeds innermost; none twice.
         cells: Every training with every compression.
-        evaluations: Those of the file, and those that an `all_at_once` is made of.
+        evaluations: Those of the file, those that an `all_at_once` is made of, and diagnostics for every norm attacked.
     """
 
     study: Study
@@ -112,7 +114,21 @@ def make_plan(study: Study, where: str) -> Plan:
     for evaluation in study.evaluations:
         if isinstance(evaluation, AllAtOnce):
             evaluations |= dict.fromkeys(evaluation.attacks)
+    evaluations |= dict.fromkeys(_diagnostics(tuple(evaluations)))
     return Plan(study, tuple(trainings.values()), cells, tuple(evaluations))
+
+
+def _diagnostics(evaluations: tuple[EvaluationSpec, ...]) -> list[Diagnostics]:
+    """Returns what looks for robustness that is not there, for every norm that is attacked and has none yet."""
+    attacks = [spec for spec in evaluations if isinstance(spec, (Attack, Transfer))]
+    named = {spec.norm for spec in evaluations if isinstance(spec, Diagnostics)}
+    norms: tuple[Norm, ...] = ("linf", "l2")
+    found = []
+    for norm in norms:
+        radii = [spec.radii[-1] for spec in attacks if spec.norm == norm]
+        if radii and norm not in named:
+            found.append(Diagnostics(norm=norm, radius=max(radii)))
+    return found
 
 
 def without_guarantee(plan: Plan) -> list[str]:

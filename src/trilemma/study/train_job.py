@@ -5,6 +5,7 @@ import time
 from trilemma.atomic import atomic_write
 from trilemma.data.records import Dataset
 from trilemma.errors import Failure
+from trilemma.federation.early_stopping import ended, looks_at_public
 from trilemma.federation.pretraining import refuse_unfit
 from trilemma.federation.round import Federation, run_round
 from trilemma.federation.state import TrainingState
@@ -24,7 +25,8 @@ def train_job(place: Workplace, training: Training) -> RunRow:
     place.enter()
     reset_peak_memory()
     dataset = place.dataset(training.spec.data)
-    federation = prepare(training.spec, dataset, place.torch_device)
+    public = _public(place, training) if looks_at_public(training.spec) else None
+    federation = prepare(training.spec, dataset, place.torch_device, public)
     before = lineage_so_far(place, training)
     state = _resume(place, training, federation, dataset.fingerprint)
     state = state or _begin(place, training, federation, dataset, before)
@@ -32,7 +34,7 @@ def train_job(place: Workplace, training: Training) -> RunRow:
     payments = book_training(place, training, federation, before) if place.books is not None else ()
     started = time.perf_counter()
     spent = state.seconds
-    while state.round < training.spec.rounds:
+    while not ended(training.spec, state):
         state = run_round(federation, state)
         _checkpoint(place, training, state, dataset.fingerprint, before.after(payments, state.private_steps))
     tensors = {"params": state.model_P, "buffers": state.model_Q}
@@ -55,13 +57,19 @@ def _begin(
     place: Workplace, training: Training, federation: Federation, dataset: Dataset, lineage: Lineage
 ) -> TrainingState:
     """Returns the state before the first round; what a pretraining came to is kept like a round."""
-    if training.spec.pretraining is None:
+    public = _public(place, training)
+    if public is None:
         return initial_state(federation)
-    public = training.spec.pretraining.data.load(place.roots)  # used once, so the process need not hold it
-    refuse_unfit(dataset, public)
+    refuse_unfit(dataset, public, looks_at_public(training.spec))
     state = initial_state(federation, public)
     _checkpoint(place, training, state, dataset.fingerprint, lineage)
     return state
+
+
+def _public(place: Workplace, training: Training) -> Dataset | None:
+    """Returns what a training pretrains on, if it does; used once, so the process need not hold it."""
+    pretraining = training.spec.pretraining
+    return pretraining.data.load(place.roots) if pretraining is not None else None
 
 
 def _checkpoint(place: Workplace, training: Training, state: TrainingState, fingerprint: str, lineage: Lineage) -> None:

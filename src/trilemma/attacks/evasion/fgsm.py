@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from trilemma.attacks.budget import Budget
-from trilemma.attacks.evasion.frozen import cross_entropy, frozen, logits_and_gradient
+from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
 from trilemma.attacks.evasion.geometry import project, steepest_step
 from trilemma.attacks.evasion.geometry import random_start as draw_start
+from trilemma.attacks.evasion.losses import cross_entropy
 from trilemma.models.classifier import Classifier
 
 #: Step over radius after a random start, as in Wong et al. (2020), section 5.
@@ -43,6 +44,6 @@ def fgsm(
         return x_BCHW.clone()
     with frozen(classifier):
         start_BCHW = draw_start(x_BCHW, budget, generator) if random_start else x_BCHW
-        _, gradient_BCHW = logits_and_gradient(classifier, start_BCHW, y_B, cross_entropy)
+        _, gradient_BCHW = logits_and_gradient(classifier, start_BCHW, lambda z: cross_entropy(z, y_B))
         step_size = budget.radius * (RANDOM_START_STEP if random_start else 1.0)
         return project(start_BCHW + steepest_step(gradient_BCHW, step_size, budget.norm), x_BCHW, budget)

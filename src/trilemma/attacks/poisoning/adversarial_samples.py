@@ -53,7 +53,8 @@ def adversarial_samples(
         index = chosen[start : start + _BATCH_SIZE]
         x_BCHW = records.x(index)
         y_B = records.y(index).to(classifier.device)
-        x_adv_BCHW = pgd(classifier, x_BCHW.to(classifier.device), y_B, budget, generator, steps=steps).cpu()
+        x = x_BCHW.to(classifier.device)
+        x_adv_BCHW = pgd(classifier, x, y_B, budget, generator, steps=steps, stop=False).cpu()
         x_adv_BCHW = _as_stored(x_adv_BCHW, x_BCHW, images_NCHW.dtype)
         with frozen(classifier), torch.no_grad():
             labels_N[index] = classifier(x_adv_BCHW.to(classifier.device)).argmax(dim=1).cpu().numpy()

@@ -1,0 +1,356 @@
+"""Signs that a robust accuracy is not there: each is a flag with its evidence, and a raised flag withholds the number.
+
+Every threshold is one of six tests at the level of 1 % (`LEVEL`), on images of different patients, which are
+independent:
+
+- *More than a point.* Two attacks that are both good still differ on a few images, and so do a model and its int8
+  twin, so the null hypothesis is not "never" but "on at most 1 % of images" (`TOLERANCE`): of n images k are too many
+  where a binomial of n and 1 % reaches k with a probability (the p of the evidence) below 1 %: 3 of 32, 4 of 64, 8 of
+  256. What the second attack leaves of what the first one broke does not enter: a good attack breaks what any other
+  breaks, so that one that leaves 8 images to another is not good, however many the other leaves to it. Where a model
+  has nothing left to break, k is 0 and nothing is raised.
+- *Above chance.* Binomial of n and 1 / classes.
+- *Farther than noise.* If a batch's composition mattered no more than noise of half a grey level, the distances of m
+  answers from what they were were exchangeable with those that the noise causes: that the k largest of all 2 m are all
+  due to the composition then has a probability of about 2^-k.
+- *Beyond rounding.* Two answers to the same question may differ by float rounding only: 1e-4 of the largest logit.
+
+- *Interval.* Wilson's 95 % interval of the robust accuracy itself (`not_converged`).
+- *Sign test.* Where two attacks of equal cost are compared that may each win by chance (Dixon and Mood, 1946).
+
+Ten flags are raised by up to two tests each, so that a model that sits on the edge of every null hypothesis would be
+flagged with a probability of at most 15 %. Honest models are far from these edges.
+
+References: Carlini et al. (2019), "On Evaluating Adversarial Robustness"; Athalye, Carlini and Wagner (2018); Tramèr et
+al. (2020).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binom
+
+from trilemma.attacks.budget import Budget
+from trilemma.data.records import Records
+from trilemma.evaluation.evidence import STEPS, Evidence, Repeats, gather, independent_sample
+from trilemma.evaluation.harness import Target
+from trilemma.evaluation.intervals import wilson
+from trilemma.evaluation.measurement import Measurement
+from trilemma.evaluation.metrics import Floats, Integers, majority_class, predictions
+
+#: Probability with which a test raises a flag although its null hypothesis holds, at most.
+LEVEL = 0.01
+#: Share of images on which two attacks, or a model and its twin, may differ for no reason that matters.
+TOLERANCE = 0.01
+_ROUNDING = 1e-4
+
+
+class Flag(NamedTuple):
+    """One sign of robustness that is not there.
+
+    Attributes:
+        name: Such as "zero_gradient".
+        raised: Whether it was seen.
+        evidence: What was seen, with numbers, and where it is raised what that means.
+        value: The share of images that the flag speaks of.
+        low: Lower end of Wilson's 95 % interval.
+        high: Upper end.
+        n: Images behind it.
+        radius: Of the budget, in pixel units.
+    """
+
+    name: str
+    raised: bool
+    evidence: str
+    value: float
+    low: float
+    high: float
+    n: int
+    radius: float
+
+
+def diagnose(target: Target, test: Records, budget: Budget, seed: int, *, num_images: int = 256) -> list[Flag]:
+    """Returns all flags of one model within one budget, raised or not; none without a test record.
+
+    Args:
+        target: The model as it ships, its twin and its surrogates.
+        test: The test split.
+        budget: The ball in which robustness is claimed.
+        seed: Seed of the sample and of the attacks.
+        num_images: Images that are looked at, at most; one of each patient, drawn without regard to their labels.
+    """
+    if budget.radius <= 0:
+        raise ValueError(f"diagnostics need a radius above 0, not {budget.radius:g}")
+    records = independent_sample(test, num_images, seed)
+    return judged(gather(target, records, budget, seed)) if len(records) else []
+
+
+def judged(evidence: Evidence) -> list[Flag]:
+    """Returns all flags that some evidence speaks of."""
+    return [
+        zero_gradient(evidence),
+        fgsm_beats_pgd(evidence),
+        black_box_beats_white_box(evidence),
+        large_radius_survives(evidence),
+        rises_with_radius(evidence),
+        not_converged(evidence),
+        logit_scaling(evidence),
+        randomised(evidence),
+        constant(evidence),
+        twin_disagrees(evidence),
+    ]
+
+
+def diagnostic_measurements(flags: Sequence[Flag]) -> list[Measurement]:
+    """Returns a measurement per flag: 1 where it is raised, else 0, with the evidence as the reason."""
+    return [
+        Measurement(
+            f"flag_{flag.name}", float(flag.raised), n=flag.n, unit="count", reason=flag.evidence, radius=flag.radius
+        )
+        for flag in flags
+    ]
+
+
+def withheld(flags: Sequence[Flag]) -> str:
+    """Returns why a robust accuracy must not be reported, or "" where it may.
+
+    Every flag withholds. `logit_scaling` alone would leave an accuracy under margin losses as it is, but whoever
+    repeats the study with the usual cross entropy measures another one, so that it withholds too.
+    """
+    return "; ".join(f"{flag.name}: {flag.evidence}" for flag in flags if flag.raised)
+
+
+def zero_gradient(evidence: Evidence) -> Flag:
+    """Raised where the twin's margin has no gradient with respect to more than a point of the images.
+
+    No attack can follow a gradient that is zero, infinite or not a number; also that of a network whose graph is cut.
+    """
+    count, n = int(evidence.no_gradient_N.sum()), len(evidence.labels_N)
+    seen = f"on {count} of {n} images the gradient of the twin's margin is zero or not finite"
+    return _beyond_a_point(evidence, "zero_gradient", count, n, seen, "attacks that follow it go nowhere")
+
+
+def fgsm_beats_pgd(evidence: Evidence) -> Flag:
+    """Raised where one step breaks more than a point of images that the white box leaves.
+
+    PGD, on the worse of two losses, is then not stronger than FGSM.
+    """
+    single_N, white_N = evidence.errors(evidence.fgsm_NK), evidence.white_N
+    count, n = int((single_N & ~white_N).sum()), len(white_N)
+    reverse = int((white_N & ~single_N).sum())
+    seen = f"FGSM breaks {count} of {n} images that the white box leaves, and the white box {reverse} that FGSM leaves"
+    return _beyond_a_point(evidence, "fgsm_beats_pgd", count, n, seen, "PGD's gradients lead astray")
+
+
+def black_box_beats_white_box(evidence: Evidence) -> Flag:
+    """Raised where an attack without this model's gradients breaks more than a point of images that PGD leaves.
+
+    The black boxes are Square on the answers of the model that ships, and the images of surrogates.
+    """
+    counts = {name: int(errors_N.sum()) for name, errors_N in evidence.black_boxes.items()}
+    count = int(np.any(list(evidence.black_boxes.values()), axis=0).sum())
+    each = " and ".join(f"{name} breaks {number}" for name, number in counts.items())
+    seen = f"{each} of {_nearest(evidence)}"
+    meaning = "whoever does not know the gradients does better than who knows them"
+    return _beyond_a_point(evidence, "black_box_beats_white_box", count, len(evidence.labels_N), seen, meaning)
+
+
+def large_radius_survives(evidence: Evidence) -> Flag:
+    """Raised where the model stays above chance although the attack may draw any image at all.
+
+    Every class that a model ever answers is then within reach, so that only an attack that does not work fails. It
+    starts at the clean image: a random one would be an image of nothing, and fool many a model without a gradient.
+    """
+    n = len(evidence.anything_MK)
+    stands = int((predictions(evidence.anything_MK) == evidence.labels_N[:n]).sum())
+    chance = 1 / evidence.num_classes
+    probability = float(binom.sf(stands - 1, n, chance))
+    seen = (
+        f"where every image is allowed, {stands} of {n} still withstand PGD-{STEPS} from the clean image, chance being "
+        f"{chance:.2f} ({_p(probability)})"
+    )
+    return _flag(evidence, "large_radius_survives", probability < LEVEL, stands, n, seen, "the attack does not work")
+
+
+def rises_with_radius(evidence: Evidence) -> Flag:
+    """Raised where more than a point of images break within a radius and stand within twice that radius.
+
+    A larger ball holds the smaller one, so that a working attack does not lose an image. Looked at from half the
+    radius to the radius and from the radius to twice the radius.
+    """
+    half, twice = int(evidence.smaller_N.sum()), int(evidence.larger_stands_N.sum())
+    n, tried = len(evidence.labels_N), evidence.num_larger
+    seen = (
+        f"{half} of {_nearest(evidence)} break within half the radius, and {twice} of {tried} that break within the "
+        f"radius stand within twice the radius"
+    )
+    meaning = "the attack loses its way where it may go farther"
+    return _beyond_a_point(evidence, "rises_with_radius", max(half, twice), n, seen, meaning)
+
+
+def not_converged(evidence: Evidence) -> Flag:
+    """Raised where twice the steps and restarts take robust accuracy below its own interval, and by more than a point.
+
+    No attack on a network converges to the last image; one whose robust accuracy stays within the interval that is
+    printed beside it has not misled anybody.
+    """
+    count, n = int(evidence.longer_N.sum()), len(evidence.labels_N)
+    robust = n - int(evidence.white_N.sum())
+    low, _ = wilson(robust, n)
+    raised = _above(count, n) and (robust - count) / n < low
+    seen = (
+        f"PGD-{4 * STEPS} from two more starts breaks {count} of {_nearest(evidence)}, whose robust accuracy of "
+        f"{robust / n:.3f} is known to be {low:.3f} or more"
+    )
+    return _flag(evidence, "not_converged", raised, count, n, seen, "still more steps would break still more")
+
+
+def logit_scaling(evidence: Evidence) -> Flag:
+    """Raised where PGD on the cross entropy breaks more once each image's logits are divided by their spread.
+
+    Large logits saturate the softmax, and the gradient of the cross entropy underflows; that of the margin does not.
+    Steps along the margin's gradient are the same whatever the logits are divided by, so nothing needs to be repeated
+    with it. Compared from the same random starts; with more than two classes the scale also decides which class the
+    cross entropy aims at, for better or for worse, so that the rescaled attack must break more than a point of images
+    that the other leaves and, by the sign test, significantly more than the other way round.
+    """
+    gained = int((evidence.rescaled_N & ~evidence.unscaled_N).sum())
+    lost = int((evidence.unscaled_N & ~evidence.rescaled_N).sum())
+    n, by_margin = len(evidence.labels_N), int(evidence.margin_N[evidence.entropy_left_M].sum())
+    seen = (
+        f"of {len(evidence.entropy_left_M)} images that PGD on the cross entropy left, it breaks {gained} only with "
+        f"logits divided by their spread and {lost} only with the logits as they are, and PGD on the margin, which no "
+        f"scale changes, breaks {by_margin}"
+    )
+    signs = float(binom.sf(gained - 1, gained + lost, 0.5))
+    raised = _above(gained, n) and signs < LEVEL
+    return _flag(
+        evidence, "logit_scaling", raised, gained, n, f"{seen} ({_p(signs)})", "the cross entropy is saturated"
+    )
+
+
+def randomised(evidence: Evidence) -> Flag:
+    """Raised where two answers to the same images differ, in the model that ships or in its twin.
+
+    Asked again in the same way they must agree up to rounding. In another order and in smaller batches rounding may be
+    another, and an int8 model may round up what it rounded down: there the answers must differ no more than noise of
+    half a grey level makes them differ.
+    """
+    parts = {"the model": evidence.session, "its twin": evidence.twin}
+    n = len(evidence.session.again_M)
+    again = {name: int((repeats.again_M > _ROUNDING * repeats.scale).sum()) for name, repeats in parts.items()}
+    regrouped = {name: _farther_than_noise(repeats) for name, repeats in parts.items()}
+    raised = any(again.values()) or any(_all_from_one(n, k) < LEVEL for k in regrouped.values())
+    seen = "; ".join(
+        f"asked again, {name} answers differently to {again[name]} of {n} images, and in another batch to "
+        f"{regrouped[name]} of them by more than half a grey level of noise would do"
+        for name in parts
+    )
+    count = max(*again.values(), *regrouped.values())
+    return _flag(evidence, "randomised", raised, count, n, seen, "one attack and one answer say little about the next")
+
+
+def constant(evidence: Evidence) -> Flag:
+    """Raised where the model hardly answers anything but one class, clean or attacked.
+
+    That is: accuracy at or below the majority class; or no evidence that more than a point of the answers differ from
+    the most frequent one; or robust accuracy at or below the majority class and no such evidence under attack. The
+    accuracies are compared as they are: it is on the model to be better than a constant.
+    """
+    labels_N, n = evidence.labels_N, len(evidence.labels_N)
+    majority = int((labels_N == majority_class(labels_N)).sum())
+    right, robust = n - int(evidence.errors(evidence.clean_NK).sum()), n - int(evidence.white_N.sum())
+    others = _other_answers(predictions(evidence.clean_NK))
+    attacked = _other_answers(predictions(evidence.white_NK))
+    raised = right <= majority or not _above(others, n) or (robust <= majority and not _above(attacked, n))
+    seen = (
+        f"{right} of {n} images are answered rightly, {robust} under attack, where always answering the most frequent "
+        f"class would reach {majority}; {others} have another answer than the most frequent one, {attacked} under "
+        f"attack"
+    )
+    return _flag(evidence, "constant", raised, n - others, n, seen, "a constant cannot be moved, nor is it of use")
+
+
+def twin_disagrees(evidence: Evidence) -> Flag:
+    """Raised where the twin answers other classes than the model that ships to more than a point of the images.
+
+    Compared on clean images, on FGSM's and on those of `large_radius_survives`, all made on the twin: two models that
+    agree on what they learned agree less on what was made to fool one of them.
+    """
+    clean_N = predictions(evidence.clean_NK) != predictions(evidence.twin_clean_NK)
+    moved_N = predictions(evidence.fgsm_NK) != predictions(evidence.twin_fgsm_NK)
+    far_M = predictions(evidence.anything_MK) != predictions(evidence.twin_anything_MK)
+    either, far, n, m = int((clean_N | moved_N).sum()), int(far_M.sum()), len(clean_N), len(far_M)
+    seen = (
+        f"the twin and the model that ships answer differently to {int(clean_N.sum())} of {n} clean images, to "
+        f"{int(moved_N.sum())} after FGSM, and to {far} of {m} where every image is allowed"
+    )
+    raised = _above(either, n) or _above(far, m)
+    return _flag(evidence, "twin_disagrees", raised, either, n, seen, "attacks on the twin say little about the model")
+
+
+def transfer_beats_white_box(
+    white_NK: Floats, transferred_NK: Floats, labels_N: Integers, units_N: Integers, radius: float
+) -> Flag:
+    """Raised where other trainings' images break more than a point of patients that a study's white box leaves.
+
+    Args:
+        white_NK: The shipped model's logits under the study's white-box attacks, image by image the worst.
+        transferred_NK: The same on images made on other trainings.
+        labels_N: True classes.
+        units_N: The patient of every record; one counts where any of its images is concerned.
+        radius: The attacks' radius, in pixel units.
+    """
+    missed_N = (predictions(transferred_NK) != labels_N) & (predictions(white_NK) == labels_N)
+    count, n = len(np.unique(units_N[missed_N])), len(np.unique(units_N))
+    probability = float(binom.sf(count - 1, n, TOLERANCE))
+    seen = f"images of other trainings break {count} of {n} patients' that the white box leaves ({_p(probability)})"
+    meaning = ": whoever does not know the gradients does better than who knows them"
+    raised = _above(count, n)
+    low, high = wilson(count, n)
+    evidence = seen + meaning if raised else seen
+    return Flag("transfer_beats_white_box", raised, evidence, count / n, low, high, n, radius)
+
+
+def _beyond_a_point(evidence: Evidence, name: str, count: int, n: int, seen: str, meaning: str) -> Flag:
+    probability = float(binom.sf(count - 1, n, TOLERANCE))
+    return _flag(evidence, name, _above(count, n), count, n, f"{seen} ({_p(probability)})", meaning)
+
+
+def _flag(evidence: Evidence, name: str, raised: bool, count: int, n: int, seen: str, meaning: str) -> Flag:
+    low, high = wilson(count, n)
+    text = f"{seen}: {meaning}" if raised else seen
+    return Flag(name, raised, text, count / n, low, high, n, evidence.budget.radius)
+
+
+def _above(count: int, n: int) -> bool:
+    """Returns whether `count` of n images are more than 1 % of all images can explain."""
+    return bool(binom.sf(count - 1, n, TOLERANCE) < LEVEL)
+
+
+def _farther_than_noise(repeats: Repeats) -> int:
+    """Returns how many answers moved farther in another batch than any did under noise, and than rounding explains."""
+    limit = max(float(repeats.nudged_M.max()), _ROUNDING * repeats.scale)
+    return int((repeats.regrouped_M > limit).sum())
+
+
+def _all_from_one(m: int, k: int) -> float:
+    """Returns the probability that the k largest of two exchangeable groups of m are all of the first."""
+    return math.comb(2 * m - k, m) / math.comb(2 * m, m)
+
+
+def _other_answers(answers_N: Integers) -> int:
+    """Returns how many answers are not the most frequent one."""
+    return len(answers_N) - int(np.bincount(answers_N).max())
+
+
+def _nearest(evidence: Evidence) -> str:
+    left, nearest = int((~evidence.white_N).sum()), len(evidence.nearest_M)
+    remaining = f"the {left} among {len(evidence.labels_N)} images that the white box leaves"
+    return remaining if left == nearest else f"the {nearest} nearest to an error of {remaining}"
+
+
+def _p(probability: float) -> str:
+    return "p < .001" if probability < 0.001 else f"p = {probability:.3f}".replace("0.", ".")

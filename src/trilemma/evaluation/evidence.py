@@ -1,0 +1,378 @@
+"""What `diagnostics` judges: every answer of a model that can show that its robustness is not there.
+
+The white box is the worst case, image by image, of PGD-20 on the cross entropy, PGD-20 on the margin and, on the 64
+images nearest to an error that these left, PGD-40 with two restarts on the margin. What goes on from there (longer
+runs, black boxes) is tried on those of the 64 that still stand: what it finds is a lower bound for all images.
+
+All images are made legal again and judged by the model that ships. Of each patient one image is used, so that images
+are independent and exact binomial tests apply.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trilemma.attacks.budget import Budget
+from trilemma.attacks.evasion.fgsm import fgsm
+from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
+from trilemma.attacks.evasion.losses import LossName, margin
+from trilemma.attacks.evasion.pgd import climb, pgd
+from trilemma.attacks.evasion.square import square
+from trilemma.attacks.evasion.types import Evasion, Oracle
+from trilemma.data.records import Records
+from trilemma.evaluation.harness import (
+    BATCH_SIZE,
+    Target,
+    attacked_batches,
+    attacked_logits,
+    clean_logits,
+    judge,
+    legal,
+)
+from trilemma.evaluation.metrics import Floats, predictions
+from trilemma.models.classifier import Classifier
+from trilemma.randomness import derive_seed, generator, numpy_generator
+
+#: Gradient steps of the white box.
+STEPS = 20
+#: Questions per image of the black box.
+QUERIES = 300
+#: Images that go on where the first two attacks gave up, that are asked twice, and that may be changed at will.
+NEAREST = 64
+#: Images on which the longest run is made.
+_LONGEST = 32
+#: Images of a batch in another composition than the usual one.
+_OTHER_BATCH = 7
+#: Noise that no robust answer may depend on: half a grey level of 8 bits.
+_HALF_LEVEL = 0.5 / 255
+
+Flags = NDArray[np.bool_]
+
+
+class Repeats(NamedTuple):
+    """How far answers to the same images lie apart, each the largest over an image's logits.
+
+    Attributes:
+        again_M: Asked the same once more.
+        regrouped_M: Asked in reversed order and smaller batches.
+        nudged_M: Asked with uniform noise of half a grey level on the images.
+        scale: The largest finite logit.
+    """
+
+    again_M: Floats
+    regrouped_M: Floats
+    nudged_M: Floats
+    scale: float
+
+
+class Evidence(NamedTuple):
+    """What was seen of one model within one budget, on N images.
+
+    Every `..._N` of bool says on which images the model that ships errs, a clean error included; those of the runs
+    that went on from the white box are False where they were not tried.
+
+    Attributes:
+        budget: What the attacks could change.
+        labels_N: True classes.
+        num_classes: K.
+        clean_NK: The shipped model's logits on clean images.
+        twin_clean_NK: The twin's.
+        fgsm_NK: The shipped model's logits on FGSM's images.
+        twin_fgsm_NK: The twin's on the same images.
+        no_gradient_N: Where the gradient of the twin's margin with respect to the image is zero or not finite.
+        cross_entropy_N: Errors under PGD on the cross entropy.
+        white_NK: The shipped model's logits under the white box.
+        nearest_M: Positions of the images that went on from the white box.
+        entropy_left_M: Positions of the nearest images that the cross entropy left.
+        rescaled_N: Errors on these under PGD on the cross entropy of rescaled logits.
+        unscaled_N: Errors on these under PGD on the cross entropy again, from the same starts as with rescaled logits.
+        margin_N: Errors under PGD on the margin on the images that the cross entropy left.
+        longer_N: Errors under twice the white box's steps and restarts, on at most 32 of the nearest.
+        black_boxes: Name of a black box -> errors under it, on the nearest.
+        smaller_N: Errors under PGD-20 on the margin within half the radius, on the nearest.
+        larger_stands_N: Images, right when clean, that PGD-20 breaks within the radius and not within twice the radius.
+        num_larger: Images on which that was tried.
+        anything_MK: The shipped model's logits on what the first images become where every image is allowed.
+        twin_anything_MK: The twin's on the same images.
+        session: Repeated answers of the shipped model.
+        twin: Repeated answers of the twin.
+    """
+
+    budget: Budget
+    labels_N: NDArray[np.integer]
+    num_classes: int
+    clean_NK: Floats
+    twin_clean_NK: Floats
+    fgsm_NK: Floats
+    twin_fgsm_NK: Floats
+    no_gradient_N: Flags
+    cross_entropy_N: Flags
+    margin_N: Flags
+    white_NK: Floats
+    nearest_M: NDArray[np.integer]
+    entropy_left_M: NDArray[np.integer]
+    rescaled_N: Flags
+    unscaled_N: Flags
+    longer_N: Flags
+    black_boxes: dict[str, Flags]
+    smaller_N: Flags
+    larger_stands_N: Flags
+    num_larger: int
+    anything_MK: Floats
+    twin_anything_MK: Floats
+    session: Repeats
+    twin: Repeats
+
+    def errors(self, logits_NK: Floats) -> Flags:
+        """Returns on which images some logits are wrong."""
+        return predictions(logits_NK) != self.labels_N
+
+    @property
+    def white_N(self) -> Flags:
+        """Returns on which images the model errs under the white box."""
+        return self.errors(self.white_NK)
+
+
+def independent_sample(test: Records, num_images: int, seed: int) -> Records:
+    """Returns at most `num_images` records, one of each patient, drawn without regard to labels."""
+    order_N = numpy_generator(seed, "diagnosed images").permutation(len(test))
+    _, first_U = np.unique(test.units()[order_N], return_index=True)
+    return test.subset(np.sort(order_N[np.sort(first_U)[:num_images]]))
+
+
+def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evidence:
+    """Returns the evidence.
+
+    Cost: for N images at most 40 N + 18000 gradient steps of one image, 300 * 64 questions to the shipped model, and
+    1300 steps for each surrogate; much less where images break. A ResNet-9 of width 16 on 256 images of 28 pixels takes
+    20 to 30 s on one thread if it is robust, and a few if it is not.
+
+    Args:
+        target: The model.
+        records: Images of different patients, at least one.
+        budget: What the attacks may change; its radius above 0.
+        seed: Seed of everything random.
+    """
+    twin = _with_gradient(target.twin)
+    clean_NK, twin_clean_NK = clean_logits(target, records), _twin_logits(twin, records.x())
+    fgsm_NK, twin_fgsm_NK = _both_logits(target, twin, fgsm, budget, records, seed)
+    entropy_NK = _logits(target, twin, _pgd(target), budget, records, seed)
+    entropy_N = predictions(entropy_NK) != records.labels_N
+    entropy_left_M = _nearest(entropy_NK, records.labels_N, ~entropy_N, NEAREST)
+    quick_NK, white_NK = _white_box(target, twin, records, budget, entropy_NK, seed)
+    quick_N, white_N = (predictions(logits_NK) != records.labels_N for logits_NK in (quick_NK, white_NK))
+    tried_M = _nearest(quick_NK, records.labels_N, ~quick_N, NEAREST)
+    nearest_M = tried_M[~white_N[tried_M]]
+    longest_M = nearest_M[_nearest(white_NK[nearest_M], records.labels_N[nearest_M], ~white_N[nearest_M], _LONGEST)]
+    further = partial(_errors_at, target, records=records, seed=derive_seed(seed, "further"))
+    first = records.subset(np.arange(min(len(records), NEAREST)))
+    everything = _everything(budget, records)
+    anything_MK, twin_anything_MK = _both_logits(target, twin, _from_clean, everything, first, seed)
+    larger_stands_N, num_larger = _stands_in_larger(target, twin, records, budget, quick_N, clean_NK, seed)
+    return Evidence(
+        budget=budget,
+        labels_N=records.labels_N,
+        num_classes=clean_NK.shape[1],
+        clean_NK=clean_NK,
+        twin_clean_NK=twin_clean_NK,
+        fgsm_NK=fgsm_NK,
+        twin_fgsm_NK=twin_fgsm_NK,
+        no_gradient_N=_no_gradient(twin, records),
+        cross_entropy_N=entropy_N,
+        margin_N=quick_N & ~entropy_N,
+        white_NK=white_NK,
+        nearest_M=nearest_M,
+        entropy_left_M=entropy_left_M,
+        rescaled_N=further(_rescaled(twin), _pgd(target), budget, entropy_left_M),
+        unscaled_N=further(twin, _pgd(target), budget, entropy_left_M),
+        longer_N=further(twin, _pgd(target, steps=4 * STEPS, restarts=2, loss="margin"), budget, longest_M),
+        black_boxes=_black_boxes(target, twin, records, budget, nearest_M, seed),
+        smaller_N=further(twin, _pgd(target, loss="margin"), Budget(budget.norm, budget.radius / 2), nearest_M),
+        larger_stands_N=larger_stands_N,
+        num_larger=num_larger,
+        anything_MK=anything_MK,
+        twin_anything_MK=twin_anything_MK,
+        session=_repeats(target.predict, records, seed),
+        twin=_repeats(lambda x: torch.from_numpy(_twin_logits(twin, x, batch_size=len(x))), records, seed),
+    )
+
+
+class _Differentiable(nn.Module):
+    """Adds nothing, and lets a gradient of zero exist where a network has none: its graph is cut or was never made."""
+
+    def __init__(self, twin: Classifier):
+        super().__init__()
+        self.twin = twin
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.twin(x_BCHW) + 0.0 * x_BCHW.flatten(1).sum(1, keepdim=True)
+
+
+class _Rescaled(nn.Module):
+    """Divides each image's logits by their own spread, as a constant: no cross entropy saturates on them."""
+
+    def __init__(self, twin: Classifier):
+        super().__init__()
+        self.twin = twin
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        logits_BK = self.twin(x_BCHW)
+        low_B1, high_B1 = logits_BK.detach().aminmax(dim=1, keepdim=True)
+        return logits_BK / (high_B1 - low_B1).clamp(min=torch.finfo(logits_BK.dtype).tiny)
+
+
+def _with_gradient(twin: Classifier) -> Classifier:
+    return Classifier(_Differentiable(twin), twin.num_classes, mean=0.0, std=1.0)
+
+
+def _rescaled(twin: Classifier) -> Classifier:
+    return Classifier(_Rescaled(twin), twin.num_classes, mean=0.0, std=1.0)
+
+
+def _pgd(target: Target, *, steps: int = STEPS, restarts: int = 1, loss: LossName = "cross_entropy") -> Evasion:
+    return partial(pgd, steps=steps, restarts=restarts, loss=loss, answers=target.predict)
+
+
+def _logits(
+    target: Target, source: Classifier, evasion: Evasion, budget: Budget, records: Records, seed: int
+) -> np.ndarray:
+    (logits_NK,) = attacked_logits(source, [target], evasion, budget, records, seed)
+    return logits_NK
+
+
+def _errors_at(
+    target: Target,
+    source: Classifier,
+    evasion: Evasion,
+    budget: Budget,
+    index_M: NDArray[np.integer],
+    *,
+    records: Records,
+    seed: int,
+) -> Flags:
+    """Returns on which of all images the shipped model errs under an attack that is made on some of them."""
+    chosen, errors_N = records.subset(index_M), np.zeros(len(records), dtype=bool)
+    errors_N[index_M] = predictions(_logits(target, source, evasion, budget, chosen, seed)) != chosen.labels_N
+    return errors_N
+
+
+def _white_box(
+    target: Target, twin: Classifier, records: Records, budget: Budget, entropy_NK: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the shipped model's logits under PGD-20 on both losses, and under the whole white box."""
+    quick_NK = entropy_NK.copy()
+    left_M = np.flatnonzero(predictions(quick_NK) == records.labels_N)
+    by_margin = _pgd(target, loss="margin")
+    quick_NK[left_M] = _logits(target, twin, by_margin, budget, records.subset(left_M), seed)
+    white_NK = quick_NK.copy()
+    near_M = _nearest(quick_NK, records.labels_N, predictions(quick_NK) == records.labels_N, NEAREST)
+    thorough = _pgd(target, steps=2 * STEPS, restarts=2, loss="margin")
+    white_NK[near_M] = _logits(target, twin, thorough, budget, records.subset(near_M), derive_seed(seed, "thorough"))
+    return quick_NK, white_NK
+
+
+def _nearest(logits_NK: Floats, labels_N: NDArray[np.integer], stands_N: Flags, num_images: int) -> NDArray[np.integer]:
+    """Returns the positions, ascending, of the images among those that stand whose answers are nearest to an error."""
+    index_M = np.flatnonzero(stands_N)
+    lead_M = -margin(torch.from_numpy(logits_NK[index_M]), torch.from_numpy(labels_N[index_M])).numpy()
+    return np.sort(index_M[np.argsort(lead_M, kind="stable")[:num_images]])
+
+
+def _both_logits(
+    target: Target, twin: Classifier, evasion: Evasion, budget: Budget, records: Records, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the logits of the shipped model and of the twin on images that are made on the twin."""
+    shipped, twins = [], []
+    for batch in attacked_batches(twin, evasion, budget, records, seed):
+        shipped.append(judge(target, batch.x_adv_BCHW, batch.x_BCHW, budget))
+        twins.append(_twin_logits(twin, legal(batch.x_adv_BCHW, batch.x_BCHW, budget)))
+    return np.concatenate(shipped), np.concatenate(twins)
+
+
+def _no_gradient(twin: Classifier, records: Records) -> Flags:
+    parts = []
+    with frozen(twin):
+        for start in range(0, len(records), BATCH_SIZE):
+            index = slice(start, start + BATCH_SIZE)
+            y_B = records.y(index).to(twin.device)
+            _, gradient_BCHW = logits_and_gradient(twin, records.x(index).to(twin.device), partial(margin, y_B=y_B))
+            flat = gradient_BCHW.flatten(1)
+            parts.append(((flat == 0).all(1) | ~flat.isfinite().all(1)).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def _black_boxes(
+    target: Target,
+    twin: Classifier,
+    records: Records,
+    budget: Budget,
+    nearest_M: NDArray[np.integer],
+    seed: int,
+) -> dict[str, Flags]:
+    run = partial(_errors_at, target, budget=budget, index_M=nearest_M, records=records)
+    queries = partial(square, queries=QUERIES, answers=target.predict)
+    found = {f"Square-{QUERIES}": run(twin, queries, seed=derive_seed(seed, "square"))}
+    if target.surrogates:
+        made = partial(pgd, steps=STEPS, loss="margin", stop=False)
+        errors = [run(surrogate, made, seed=derive_seed(seed, "transfer")) for surrogate in target.surrogates]
+        found["transfer"] = np.any(errors, axis=0)
+    return found
+
+
+def _stands_in_larger(
+    target: Target,
+    twin: Classifier,
+    records: Records,
+    budget: Budget,
+    quick_N: Flags,
+    clean_NK: Floats,
+    seed: int,
+) -> tuple[Flags, int]:
+    """Returns which images that break within the radius stand within twice the radius, and how many were tried."""
+    larger = Budget(budget.norm, min(2 * budget.radius, _everything(budget, records).radius))
+    broken_M = np.flatnonzero(quick_N & (predictions(clean_NK) == records.labels_N))[:NEAREST]
+    stands_N = np.zeros(len(records), dtype=bool)
+    stands_N[broken_M] = True
+    for loss in ("cross_entropy", "margin"):
+        index_M = np.flatnonzero(stands_N)
+        run = partial(_errors_at, target, twin, _pgd(target, loss=loss), larger, index_M, records=records)
+        stands_N &= ~run(seed=derive_seed(seed, "larger"))
+    return stands_N, len(broken_M)
+
+
+def _from_clean(
+    classifier: Classifier, x_BCHW: Tensor, y_B: Tensor, budget: Budget, generator: torch.Generator
+) -> Tensor:
+    """PGD on the margin without a random start: in the largest ball that start alone is an image of nothing."""
+    return climb(classifier, x_BCHW, x_BCHW, budget, partial(margin, y_B=y_B), steps=STEPS)
+
+
+def _everything(budget: Budget, records: Records) -> Budget:
+    """Returns the smallest ball that holds all images, whatever its centre."""
+    return Budget(budget.norm, 1.0 if budget.norm == "linf" else records.images_NCHW[:1].size ** 0.5)
+
+
+def _repeats(ask: Oracle, records: Records, seed: int) -> Repeats:
+    x_MCHW = records.x(slice(0, NEAREST))
+    noise_MCHW = 2 * torch.rand(x_MCHW.shape, generator=generator(seed, "half a level")) - 1
+    first_MK = _finite(ask(x_MCHW))
+    regrouped_MK = torch.cat([_finite(ask(part)) for part in x_MCHW.flip(0).split(_OTHER_BATCH)]).flip(0)
+    nudged_MK = _finite(ask((x_MCHW + _HALF_LEVEL * noise_MCHW).clamp_(0, 1)))
+    again_M, regrouped_M, nudged_M = (
+        (other_MK - first_MK).abs().amax(1).numpy() for other_MK in (_finite(ask(x_MCHW)), regrouped_MK, nudged_MK)
+    )
+    return Repeats(again_M, regrouped_M, nudged_M, float(first_MK.abs().max()))
+
+
+def _finite(logits_MK: Tensor) -> Tensor:
+    return logits_MK.detach().to("cpu", torch.float64).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _twin_logits(twin: Classifier, x_NCHW: Tensor, batch_size: int = BATCH_SIZE) -> np.ndarray:
+    with frozen(twin), torch.no_grad():
+        parts = [twin(part.to(twin.device)).to("cpu", torch.float32) for part in x_NCHW.split(batch_size)]
+    return torch.cat(parts).numpy()

@@ -1,0 +1,282 @@
+"""Fakes are flagged, honest models are not, and each flag follows from its evidence."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+
+from helpers import fake_defences as fakes
+from helpers.small_problem import stripes, trained
+from trilemma.attacks.budget import Budget
+from trilemma.compression.export import export_onnx
+from trilemma.compression.fake_quantisation import quantise
+from trilemma.compression.session import Session
+from trilemma.evaluation import diagnostics
+from trilemma.evaluation.diagnostics import diagnose, diagnostic_measurements, judged, withheld
+from trilemma.evaluation.evidence import Repeats, gather, independent_sample
+from trilemma.evaluation.harness import Target
+from trilemma.models.specs import Resnet9, Resnet18
+
+SIZE = 12
+BUDGETS = {"linf": Budget("linf", 24 / 255), "l2": Budget("l2", 0.5)}
+NAMES = [
+    "zero_gradient",
+    "fgsm_beats_pgd",
+    "black_box_beats_white_box",
+    "large_radius_survives",
+    "rises_with_radius",
+    "not_converged",
+    "logit_scaling",
+    "randomised",
+    "constant",
+    "twin_disagrees",
+]
+
+
+@functools.cache
+def learned(num_classes: int = 3):
+    return stripes(500, size=SIZE, num_classes=num_classes)
+
+
+@functools.cache
+def held_out(num_classes: int = 3):
+    return stripes(128, size=SIZE, num_classes=num_classes, seed=1)  # of 64 patients
+
+
+@functools.cache
+def network(num_classes: int = 3, seed: int = 0):
+    return trained(Resnet9(width=4).make(1, SIZE, num_classes, seed), learned(num_classes), steps=50)
+
+
+@functools.cache
+def small(seed: int = 0):
+    return fakes.small_network(learned(), 3, seed)
+
+
+def int8(plain):
+    twin = quantise(plain, learned(plain.num_classes).x(slice(0, 64)))
+    return Target("int8", Session(export_onnx(twin, 1, SIZE)).predict, twin, (plain,))
+
+
+def honest(name: str) -> Target:
+    """Models whose robustness, much or little, is there."""
+    match name:
+        case "undefended":
+            return fakes.shipped(network())
+        case "undefended, 2 classes":
+            return fakes.shipped(network(2))
+        case "adversarially trained":
+            started = trained(Resnet9(width=4).make(1, SIZE, 3, 1), learned(), steps=10)
+            return fakes.shipped(fakes.adversarially_trained(started, learned(), BUDGETS["linf"], steps=40))
+        case "int8 with its twin":
+            return int8(network())
+        case "noise on weights, 2 classes":
+            return fakes.shipped(fakes.with_noisy_weights(network(2)))
+        case "ResNet-18":
+            return fakes.shipped(trained(Resnet18(width=4).make(1, SIZE, 3, 0), learned(), steps=40))
+        case _:
+            return fakes.shipped(fakes.saturated(network(), 0.5))
+
+
+@functools.cache
+def fake(name: str) -> Target:
+    plain = small()
+    match name:
+        case "constant_predictor":
+            return fakes.shipped(fakes.constant_predictor(plain, 1))
+        case "int8_without_twin":
+            return Target("int8", int8(plain).predict, fakes.rounded_weights(plain))
+        case "twin_of_another":
+            return fakes.shipped(plain, small(1))
+        case "hard_activations":
+            return fakes.shipped(fakes.hard_activations(plain, learned()))
+        case _:
+            return fakes.shipped(getattr(fakes, name)(plain))
+
+
+def raised(flags):
+    return {flag.name for flag in flags if flag.raised}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("quantised_input", {"zero_gradient", "large_radius_survives"}),
+        ("thermometer", {"zero_gradient", "large_radius_survives"}),
+        ("shattered", {"black_box_beats_white_box"}),
+        ("true_on_grid", {"fgsm_beats_pgd", "black_box_beats_white_box"}),
+        ("sawtooth", {"large_radius_survives"}),
+        ("saturated", {"logit_scaling"}),
+        ("distilled", {"logit_scaling"}),
+        ("clipped", {"zero_gradient"}),
+        ("noisy", {"randomised"}),
+        ("same_noise", {"randomised"}),
+        ("resized", {"randomised"}),
+        ("detached", {"zero_gradient", "black_box_beats_white_box"}),
+        ("hard_activations", {"zero_gradient"}),
+        ("hard_answers", {"zero_gradient"}),
+        ("constant_predictor", {"constant"}),
+        ("int8_without_twin", {"zero_gradient", "large_radius_survives"}),
+        ("twin_of_another", {"twin_disagrees"}),
+    ],
+)
+def test_a_fake_is_flagged(name, expected):
+    flags = diagnose(fake(name), held_out(), BUDGETS["linf"], 0, num_images=64)
+    assert raised(flags) >= expected, withheld(flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        ("undefended", "linf"),
+        ("undefended", "l2"),
+        ("undefended, 2 classes", "l2"),
+        ("adversarially trained", "linf"),
+        ("int8 with its twin", "linf"),
+        ("int8 with its twin", "l2"),
+        ("noise on weights, 2 classes", "linf"),
+        ("ResNet-18", "linf"),
+        ("half the logits", "l2"),
+    ],
+)
+def test_an_honest_model_is_not_flagged(name, norm):
+    target = honest(name)
+    flags = diagnose(target, held_out(target.twin.num_classes), BUDGETS[norm], 0, num_images=64)
+    assert [flag.name for flag in flags] == NAMES
+    assert withheld(flags) == ""
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    """What an honest model gives, to be changed."""
+    records = independent_sample(held_out(), 64, 0)
+    return gather(fakes.shipped(network()), records, BUDGETS["linf"], 0)
+
+
+def of(evidence, name):
+    return next(flag for flag in judged(evidence) if flag.name == name)
+
+
+@pytest.mark.parametrize(("n", "fewest"), [(32, 3), (64, 4), (256, 8)])
+def test_more_than_a_point_is_an_exact_binomial_test(n, fewest):
+    """The numbers of the docstring; from the sum of the probabilities themselves."""
+    below = sum(binom.pmf(k, n, 0.01) for k in range(fewest))
+    assert 1 - below < 0.01 <= 1 - below + binom.pmf(fewest - 1, n, 0.01)
+    assert diagnostics._above(fewest, n)
+    assert not diagnostics._above(fewest - 1, n)
+    assert not diagnostics._above(0, n)
+
+
+def test_the_probability_that_the_farthest_are_all_of_one_group():
+    g = np.random.default_rng(0)
+    order = g.random((20000, 16)).argsort(1)
+    share = (order[:, -3:] < 8).all(1).mean()  # the three largest of 8 + 8
+    assert diagnostics._all_from_one(8, 3) == pytest.approx(share, abs=0.01)
+    assert diagnostics._all_from_one(64, 7) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("zero_gradient", {"no_gradient_N": 4}),
+        ("rises_with_radius", {"smaller_N": 4}),
+        ("rises_with_radius", {"larger_stands_N": 4}),
+    ],
+)
+def test_a_flag_is_raised_at_its_threshold_and_not_far_below(evidence, name, changes):
+    ((field, count),) = changes.items()
+    many, few = np.arange(64) < count, np.arange(64) < count // 3
+    assert of(evidence._replace(**{field: many}), name).raised
+    flag = of(evidence._replace(**{field: few}), name)
+    assert not flag.raised
+    assert flag.value == few.mean()
+    assert flag.low <= flag.value <= flag.high
+
+
+def test_convergence_is_judged_by_the_interval_of_robust_accuracy(evidence):
+    """Of 64 images 40 stand, and Wilson's interval begins at .504, which is 32.2 of 64."""
+    white_NK = np.eye(3)[np.where(np.arange(64) < 40, evidence.labels_N, (evidence.labels_N + 1) % 3)]
+    seen = [of(evidence._replace(white_NK=white_NK, longer_N=np.arange(64) < k), "not_converged") for k in (7, 8)]
+    assert [flag.raised for flag in seen] == [False, True]
+
+
+def test_a_model_above_chance_at_any_radius(evidence):
+    right_MK = np.eye(3)[evidence.labels_N]
+    flag = of(evidence._replace(anything_MK=right_MK), "large_radius_survives")
+    assert flag.raised
+    assert flag.value == 1.0
+    third_MK = np.eye(3)[np.where(np.arange(64) < 21, evidence.labels_N, (evidence.labels_N + 1) % 3)]
+    assert not of(evidence._replace(anything_MK=third_MK), "large_radius_survives").raised
+
+
+def test_a_model_with_nothing_left_raises_nothing():
+    """Robust accuracy 0 is honest: every comparison is a tie."""
+    flags = diagnose(fakes.shipped(network()), held_out(), Budget("linf", 80 / 255), 0, num_images=64)
+    assert withheld(flags) == ""
+
+
+def test_an_honest_collapse_under_attack_is_constant(evidence):
+    """What the majority class would reach, by answering hardly anything else under attack."""
+    collapsed_NK = np.zeros_like(evidence.white_NK)
+    collapsed_NK[:, np.bincount(evidence.labels_N).argmax()] = 1
+    flag = of(evidence._replace(white_NK=collapsed_NK), "constant")
+    assert flag.raised
+    assert not of(evidence, "constant").raised
+
+
+def test_rounding_is_no_randomness_and_more_is(evidence):
+    none = np.zeros(64)
+    honest_repeats = Repeats(none, np.full(64, 1e-6), np.full(64, 1e-2), 10.0)
+    assert not of(evidence._replace(session=honest_repeats, twin=honest_repeats), "randomised").raised
+    flips = Repeats(none, np.where(np.arange(64) < 5, 0.02, 0), np.full(64, 1e-2), 10.0)  # int8 rounds a few otherwise
+    assert not of(evidence._replace(twin=flips), "randomised").raised
+    regrouped = Repeats(none, np.where(np.arange(64) < 7, 0.02, 0), np.full(64, 1e-2), 10.0)
+    assert of(evidence._replace(twin=regrouped), "randomised").raised
+    again = Repeats(np.where(np.arange(64) == 3, 0.1, 0), none, np.full(64, 1.0), 10.0)
+    assert of(evidence._replace(session=again), "randomised").raised
+
+
+def test_the_sample_has_one_image_of_each_patient_and_does_not_see_labels():
+    records = held_out()
+    chosen = independent_sample(records, 40, 3)
+    assert len(chosen) == len(set(chosen.patients_N.tolist())) == 40
+    other = records.subset(np.arange(len(records)))
+    other.labels_N[:] = 0
+    np.testing.assert_array_equal(independent_sample(other, 40, 3).names_N, chosen.names_N)
+    assert set(independent_sample(records, 40, 4).names_N) != set(chosen.names_N)
+    assert len(independent_sample(records, 256, 0)) == 64
+
+
+def test_measurements_and_what_is_withheld():
+    flags = diagnose(fake("detached"), held_out(), BUDGETS["linf"], 0, num_images=32)
+    measured = {m.metric: m for m in diagnostic_measurements(flags)}
+    assert list(measured) == [f"flag_{name}" for name in NAMES]
+    zero = measured["flag_zero_gradient"]
+    assert (zero.value, zero.n, zero.radius) == (1.0, 32, BUDGETS["linf"].radius)
+    assert zero.reason.startswith("on 32 of 32 images")
+    assert measured["flag_constant"].value == 0.0
+    assert "zero_gradient: on 32 of 32 images" in withheld(flags)
+    assert "constant" not in withheld(flags)
+    assert flags == diagnose(fake("detached"), held_out(), BUDGETS["linf"], 0, num_images=32)
+
+
+def test_the_model_is_left_as_found():
+    plain = fakes.small_network(learned(), 3, 2)
+    plain.train()
+    plain.zero_grad()
+    plain.module[0].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    diagnose(fakes.shipped(plain), held_out().subset(np.arange(16)), BUDGETS["l2"], 0)
+    assert all(module.training for module in plain.modules())
+    assert [p.requires_grad for p in plain.parameters()] == [False] + [True] * 5
+    assert all(parameter.grad is None for parameter in plain.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+def test_no_record_gives_no_flag_and_radius_0_is_refused():
+    nothing = held_out().subset(np.arange(0))
+    assert diagnose(fakes.shipped(network()), nothing, BUDGETS["linf"], 0) == []
+    with pytest.raises(ValueError, match="radius above 0"):
+        diagnose(fakes.shipped(network()), held_out(), Budget("linf", 0.0), 0)
