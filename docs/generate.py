@@ -193,15 +193,23 @@ def _section(name: str, annotation: Any) -> list[str]:
             parts.append(f'### {name}: `kind = "{kind}"`')
         parts += [_about(spec), _table(spec)]
         for inner, field in spec.model_fields.items():
-            outer = TrainSpec.model_fields.get(inner)
-            if outer and kinds(outer.annotation) and kinds(outer.annotation) == kinds(field.annotation):
-                parts.append(f"What `{inner}` may be stands under [base.{inner}](#base{inner}).")
+            tables = [table for table in kinds(field.annotation) if table not in members]
+            home = _home(tables)
+            if home:
+                parts.append(f"What `{inner}` may be stands under [{home}](#{home.replace('.', '')}).")
                 continue
-            for table in kinds(field.annotation):
-                if table not in members:  # a table within the table, described here unless it is in this section
-                    heading = f"### {name}.{inner}" + (f': `kind = "{table.kind}"`' if table.kind else "")
-                    parts += [heading, _about(table.spec), _table(table.spec)]
+            for table in tables:  # tables within the table that have no section of their own
+                heading = f"### {name}.{inner}" + (f': `kind = "{table.kind}"`' if table.kind else "")
+                parts += [heading, _about(table.spec), _table(table.spec)]
     return parts
+
+
+def _home(tables: list[Kind]) -> str:
+    """Returns the section that describes all of some kinds, so that nothing stands twice; or "" where none does."""
+    fields = {f"base.{name}": field for name, field in TrainSpec.model_fields.items()}
+    fields |= {name: Study.model_fields[name] for name in ("compressions", "evaluations")}
+    described = ((name, kinds(field.annotation)) for name, field in fields.items())
+    return next((name for name, members in described if tables and all(t in members for t in tables)), "")
 
 
 def kinds(annotation: Any) -> list[Kind]:

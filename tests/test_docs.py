@@ -8,7 +8,8 @@ import sqlite3
 import sys
 import tomllib
 from pathlib import Path
-from typing import get_args
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 import trilemma
 from helpers.pictures import write_images
+from trilemma.attacks.budget import Budget
 from trilemma.data.folder import load_folder
 from trilemma.data.manifest import load_manifest
 from trilemma.data.records import Dataset, Records
@@ -24,9 +26,10 @@ from trilemma.data.roots import DataRoots
 from trilemma.errors import UserError
 from trilemma.evaluation.clean import clean_measurements
 from trilemma.evaluation.cost import BATCH_SIZES
+from trilemma.evaluation.diagnostics import diagnose, diagnostic_measurements, transfer_beats_white_box
 from trilemma.evaluation.harness import Target, agreement_measurements
 from trilemma.evaluation.measurement import Measurement
-from trilemma.evaluation.robustness import robust_measurements
+from trilemma.evaluation.robustness import robust_auroc, robust_measurements
 from trilemma.federation.clients import make_clients
 from trilemma.models.classifier import Classifier
 from trilemma.privacy.guarantee import Guarantee, Trust, Unit
@@ -83,10 +86,19 @@ def unions() -> dict[str, list[type[Spec]]]:
     for module in pkgutil.walk_packages(trilemma.__path__, "trilemma."):
         if module.name.endswith(".specs"):
             for name, value in vars(importlib.import_module(module.name)).items():
-                members = get_args(get_args(value)[0]) if get_args(value) else ()
-                if members and all(isinstance(m, type) and issubclass(m, Spec) for m in members):
-                    found[name] = list(members)
+                members = members_of(value)
+                if len(members) > 1 and all(isinstance(m, type) and issubclass(m, Spec) for m in members):
+                    found[name] = members
     return found
+
+
+def members_of(annotation: object) -> list[object]:
+    """The members of a union, also of one within another."""
+    if get_origin(annotation) is Annotated:
+        return members_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [member for argument in get_args(annotation) for member in members_of(argument)]
+    return [annotation]
 
 
 #: Union -> its heading in the study file's page.
@@ -102,8 +114,9 @@ SECTIONS = {
     "ThreatSpec": "base.threat",
     "CompressionSpec": "compressions",
     "EvaluationSpec": "evaluations",
-    "AttackSpec": "evaluations",
     "EvasionSpec": "evaluations",
+    "TransferableSpec": "evaluations",
+    "TrainingAttack": "evaluations",
 }
 
 
@@ -117,6 +130,23 @@ def test_every_kind_is_documented():
             assert heading in text, f"{member.__name__} is missing"
             section = text.partition(heading)[2].partition("\n### ")[0]
             assert all(f"| `{field}` |" in section for field in member.model_fields if field != "kind"), member
+
+
+def test_a_kind_is_described_once():
+    """Elsewhere a sentence refers to it: ten attacks may stand in four places."""
+    text = page("study-file.md")
+    headings = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert len(set(headings)) == len(headings)
+    attacks = [spec.model_fields["kind"].default for spec in unions()["EvasionSpec"]]
+    assert len(attacks) >= 10
+    for kind in attacks:
+        places = [h for h in headings if h.endswith(f'`kind = "{kind}"`')]
+        assert places in ([f'evaluations: `kind = "{kind}"`'],
+                          [f'base.defence: `kind = "{kind}"`', f'evaluations: `kind = "{kind}"`'])  # fmt: skip
+    transfer = text.partition('### evaluations: `kind = "transfer"`\n')[2].partition("\n### ")[0]
+    assert "| `attack` | one of `fgsm`, `pgd`, `mifgsm`, `apgd` |" in transfer
+    stopping = text.partition("## base.early_stopping\n")[2].partition("\n## ")[0]
+    assert "What `attack` may be stands under [evaluations](#evaluations)." in stopping
 
 
 def test_every_command_is_documented():
@@ -181,16 +211,24 @@ def test_every_metric_is_in_the_glossary():
         clean, attacked = (draws.normal(size=(12, num_classes)).astype(np.float32) for _ in range(2))
         measured += clean_measurements(clean, labels, units, np.zeros(12, dtype=int), ("a",), 0)
         measured += robust_measurements(attacked, clean, labels, units, 0.1, None, 0)
+        measured.append(robust_auroc(attacked, labels, units, 0.1, 0))
         network = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes)), num_classes)
         records = Records(images.numpy(), labels, units, np.zeros(12, dtype=int), units.astype(str))
         answers = network(images).detach().numpy()
-        measured += agreement_measurements(Target("key", network, network), answers, records)
+        target = Target("key", network, network)
+        measured += agreement_measurements(target, answers, records)
+        flags = diagnose(target, records, Budget("linf", 0.1), 0)
+        flags.append(transfer_beats_white_box(clean, attacked, labels, units, 0.1))
+        measured += diagnostic_measurements(flags)
     names = {m.metric for m in measured} | {f"latency_batch{size}_seconds" for size in BATCH_SIZES}
     names |= {"file_bytes", "epsilon", "training_seconds"}
+    raised = {name for name in names if name.startswith("flag_")}
+    assert len(raised) == 11
+    names = names - raised | {"flag_*"}  # which has one row: a report tells each flag apart in words
     text = page("glossary.md")
     assert len(names) >= 18
     assert not {name for name in names if f"`{name}`" not in text}
-    listed = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    listed = set(re.findall(r"^\| `([\w*]+)` \|", text, re.MULTILINE))
     assert listed <= names, "the glossary names a metric that nothing measures"
 
 

@@ -217,13 +217,17 @@ def test_a_model_with_nothing_left_raises_nothing():
     assert withheld(flags) == ""
 
 
-def test_an_honest_collapse_under_attack_is_constant(evidence):
-    """What the majority class would reach, by answering hardly anything else under attack."""
-    collapsed_NK = np.zeros_like(evidence.white_NK)
-    collapsed_NK[:, np.bincount(evidence.labels_N).argmax()] = 1
-    flag = of(evidence._replace(white_NK=collapsed_NK), "constant")
-    assert flag.raised
-    assert not of(evidence, "constant").raised
+def test_a_collapse_under_attack_is_constant_where_the_model_leans_to_it(evidence):
+    """What always answering one class would reach, by answering hardly anything else under attack."""
+    usual = np.bincount(evidence.labels_N).argmax()
+    always_NK = np.eye(3)[np.full(64, usual)]
+    broken = of(evidence._replace(white_NK=always_NK), "constant")  # right when clean: an attack that aims at one class
+    assert not broken.raised
+    wrong_N = (np.cumsum(evidence.labels_N != usual) <= 7) & (evidence.labels_N != usual)
+    leaning_NK = np.eye(3)[np.where(wrong_N, usual, evidence.labels_N)]
+    assert of(evidence._replace(clean_NK=leaning_NK, white_NK=always_NK), "constant").raised
+    assert not of(evidence._replace(clean_NK=leaning_NK), "constant").raised
+    assert of(evidence._replace(clean_NK=always_NK), "constant").raised
 
 
 def test_rounding_is_no_randomness_and_more_is(evidence):

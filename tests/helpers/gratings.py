@@ -25,13 +25,19 @@ def gratings(num_images: int, *, num_classes: int, size: int = 16, seed: int = 0
     return (0.5 + 0.12 * wave[:, None] + 0.1 * noise).clamp(0, 1), y
 
 
-def hardened(num_classes: int) -> Classifier:
-    """Returns a small network after adversarial training on gratings, in evaluation mode; every call a new one."""
-    return copy.deepcopy(_hardened(num_classes))
+def hardened(num_classes: int, *, steps: int = 150, radius: float = 8 / 255) -> Classifier:
+    """Returns a small network after adversarial training on gratings, in evaluation mode; every call a new one.
+
+    Args:
+        num_classes: K.
+        steps: Training steps.
+        radius: Of the attack in training; 0 trains without one.
+    """
+    return copy.deepcopy(_hardened(num_classes, steps, radius))
 
 
 @functools.cache
-def _hardened(num_classes: int, *, steps: int = 150, radius: float = 8 / 255) -> Classifier:
+def _hardened(num_classes: int, steps: int, radius: float) -> Classifier:
     g = torch.Generator().manual_seed(1)
     x, y = gratings(1280, num_classes=num_classes, seed=1)
     with global_seed(1, "hardened"):

@@ -11,10 +11,9 @@ independent:
   has nothing left to break, k is 0 and nothing is raised.
 - *Above chance.* Binomial of n and 1 / classes.
 - *Farther than noise.* If a batch's composition mattered no more than noise of half a grey level, the distances of m
-  answers from what they were were exchangeable with those that the noise causes: that the k largest of all 2 m are all
-  due to the composition then has a probability of about 2^-k.
+  answers from the first ones would be exchangeable with those that the noise causes, and the k largest of all 2 m would
+  all be due to the composition with a probability of about 2^-k only.
 - *Beyond rounding.* Two answers to the same question may differ by float rounding only: 1e-4 of the largest logit.
-
 - *Interval.* Wilson's 95 % interval of the robust accuracy itself (`not_converged`).
 - *Sign test.* Where two attacks of equal cost are compared that may each win by chance (Dixon and Mood, 1946).
 
@@ -73,6 +72,8 @@ class Flag(NamedTuple):
 
 def diagnose(target: Target, test: Records, budget: Budget, seed: int, *, num_images: int = 256) -> list[Flag]:
     """Returns all flags of one model within one budget, raised or not; none without a test record.
+
+    Cost: see `evidence.gather`.
 
     Args:
         target: The model as it ships, its twin and its surrogates.
@@ -256,15 +257,17 @@ def constant(evidence: Evidence) -> Flag:
     """Raised where the model hardly answers anything but one class, clean or attacked.
 
     That is: accuracy at or below the majority class; or no evidence that more than a point of the answers differ from
-    the most frequent one; or robust accuracy at or below the majority class and no such evidence under attack. The
-    accuracies are compared as they are: it is on the model to be better than a constant.
+    the most frequent one; or both under attack, in a model that leans to its most frequent answer already when clean:
+    by the sign test it gives it wrongly more often than it withholds it wrongly. A model without that lean which an
+    attack drives to one answer is no constant, it is broken, and its robust accuracy says so. The accuracies are
+    compared as they are: it is on the model to be better than a constant.
     """
-    labels_N, n = evidence.labels_N, len(evidence.labels_N)
+    labels_N, answers_N, n = evidence.labels_N, predictions(evidence.clean_NK), len(evidence.labels_N)
     majority = int((labels_N == majority_class(labels_N)).sum())
     right, robust = n - int(evidence.errors(evidence.clean_NK).sum()), n - int(evidence.white_N.sum())
-    others = _other_answers(predictions(evidence.clean_NK))
-    attacked = _other_answers(predictions(evidence.white_NK))
-    raised = right <= majority or not _above(others, n) or (robust <= majority and not _above(attacked, n))
+    others, attacked = _other_answers(answers_N), _other_answers(predictions(evidence.white_NK))
+    collapses = robust <= majority and not _above(attacked, n) and _leans(answers_N, labels_N)
+    raised = right <= majority or not _above(others, n) or collapses
     seen = (
         f"{right} of {n} images are answered rightly, {robust} under attack, where always answering the most frequent "
         f"class would reach {majority}; {others} have another answer than the most frequent one, {attacked} under "
@@ -344,6 +347,14 @@ def _all_from_one(m: int, k: int) -> float:
 def _other_answers(answers_N: Integers) -> int:
     """Returns how many answers are not the most frequent one."""
     return len(answers_N) - int(np.bincount(answers_N).max())
+
+
+def _leans(answers_N: Integers, labels_N: Integers) -> bool:
+    """Returns whether the most frequent answer is wrong significantly more often than it is missing."""
+    usual = int(np.bincount(answers_N).argmax())
+    given = int(((answers_N == usual) & (labels_N != usual)).sum())
+    missed = int(((answers_N != usual) & (labels_N == usual)).sum())
+    return bool(binom.sf(given - 1, given + missed, 0.5) < LEVEL)
 
 
 def _nearest(evidence: Evidence) -> str:
