@@ -20,7 +20,6 @@ from trilemma.attacks.budget import Budget, Norm
 from trilemma.attacks.evasion import autoattack
 from trilemma.attacks.evasion.attack import Attack
 from trilemma.attacks.evasion.specs import Apgd, AutoAttack, CarliniWagner, DeepFool, Fgsm, MiFgsm, Pgd, Square
-from trilemma.attacks.evasion.types import Access
 from trilemma.evaluation.harness import Target, judge
 from trilemma.evaluation.metrics import predictions
 from trilemma.evaluation.robustness import worst_logits
@@ -94,9 +93,9 @@ CASES = {
         Apgd(radii=R, steps=30, loss="dlr"), APGD(loss_type="difference_logits_ratio"), seeds=4, classes=(3, 10)
     ),
     "deepfool-l2": Case(DeepFool(radii=R, norm="l2"), partial(toolbox.attacked, "DeepFool", max_iter=50, epsilon=0.02)),
-    "carlini-wagner-l2": Case(CarliniWagner(radii=R), CW, slow=(10,)),
-    "square": Case(Square(radii=R, queries=300), SQUARE, wider=1.4),
-    "autoattack": Case(AutoAttack(radii=R), ENSEMBLE),
+    "carlini-wagner-l2": Case(CarliniWagner(radii=R, steps=50), CW, slow=(3, 10)),
+    "square": Case(Square(radii=R, queries=300), SQUARE, wider=1.4, slow=(10,)),
+    "autoattack": Case(AutoAttack(radii=R), ENSEMBLE, slow=(10,)),
 }
 
 
@@ -172,8 +171,8 @@ def test_an_attack_that_is_a_little_weaker_would_be_found(classes, defended):
 def test_what_draws_nothing_makes_the_same_images(case, classes):
     case, at = CASES[case], problem(classes, True)
     budget = Budget(case.ours.norm, RADII[classes, True][case.ours.norm])
-    with torch.no_grad():
-        stands = at.classifier(case.theirs(*at, budget, 0)).argmax(1) == at.y
-    ours, theirs = case.ours.make(Access(), stop=False)(*at, budget, torch.Generator()), case.theirs(*at, budget, 0)
-    assert stands.float().mean() > 0.2
-    assert torch.allclose(ours[stands], theirs[stands], atol=1e-5)
+    theirs = case.theirs(*at, budget, 0)
+    ours = case.ours.make(stop=False)(*at, budget, torch.Generator())
+    # Ours keeps the worst image of the way, theirs the last: the same one where the loss rises to the end.
+    same_B = (ours - theirs).flatten(1).abs().amax(1) < 1e-5
+    assert same_B.float().mean() > 0.95

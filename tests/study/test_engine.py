@@ -15,7 +15,7 @@ from helpers.tiny_study import SMALLEST, TINY, plan_of, rows_of, run_plan, write
 from trilemma.errors import Failure
 from trilemma.evaluation.specs import AllAtOnce, Clean, Cost, Transfer
 from trilemma.study.assemble import assemble
-from trilemma.study.combine import combined_key, pair_keys, part_keys
+from trilemma.study.combine import combined_key, diagnostics_key, pair_keys, part_keys
 from trilemma.study.engine import attacks_to_make
 from trilemma.study.evaluate_job import attack_job
 from trilemma.study.files import StoreFiles
@@ -32,15 +32,16 @@ def test_everything_asked_for_is_stored_and_nothing_else(finished, tiny_plan):
     cells = tiny_plan.cells
     assert len(tiny_plan.trainings) == 2 and len(cells) == 4
     pgd, transfer, together = (tiny_plan.evaluations[i] for i in (1, 2, 3))
-    clean, cost = tiny_plan.evaluations[0], tiny_plan.evaluations[4]
+    clean, cost, diagnostics = (tiny_plan.evaluations[i] for i in (0, 4, 5))
     wanted = {evaluation_key(cell.key, spec) for cell in cells for spec in (clean, pgd, cost)}
     wanted |= {combined_key(tiny_plan, cell, spec) for cell in cells for spec in (transfer, together)}
     wanted |= {key for cell in cells for key in pair_keys(tiny_plan, cell, transfer)}
+    wanted |= {diagnostics_key(tiny_plan, cell, diagnostics) for cell in cells}
     with Store(finished) as store:
         assert store.keys("runs") == {training.key for training in tiny_plan.trainings}
         assert store.keys("artefacts") == {cell.key for cell in cells}
         assert store.keys("evaluations") == wanted
-        assert len(wanted) == 4 * 3 + 4 * 2 + 4 * 3
+        assert len(wanted) == 4 * 3 + 4 * 2 + 4 * 3 + 4
         assert not assemble(tiny_plan, store, "", "").missing
     files = StoreFiles(finished)
     assert all(files.weights(training.key).is_file() for training in tiny_plan.trainings)

@@ -23,7 +23,32 @@ MISTAKES = [
         "evaluations[0].attacks[1].stp",
         ["'steps'"],
     ),
+    # inside an attack, wherever it stands; one that hides a missing field is named itself
+    (['evaluations=[{kind="pgd",raddius=0.1}]'], "evaluations[0].raddius", ["unknown", "'radii'", "norm, radii"]),
+    (
+        ['evaluations=[{kind="transfer",attack={kind="mifgsm",radius=0.1,decy=1}}]'],
+        "evaluations[0].attack.decy",
+        ["'decay'", "norm, radii, kind, steps, decay"],
+    ),
+    (['evaluations=[{kind="transfer",radius=0.1,stps=3}]'], "evaluations[0]", ["stps", "attack", "steps, restarts"]),
+    (
+        ['evaluations=[{kind="autoattack",radius=0.1,efort="quick"}]'],
+        "evaluations[0].efort",
+        ["'effort'", "norm, radii, kind, effort"],
+    ),
+    (
+        ['grid.defence=[{kind="adversarial",attack={kind="apgd",radius=0.1,num_target=2}}]'],
+        "grid.defence[0].attack.num_target",
+        ["'num_targets'", "restarts"],
+    ),
+    (['base.early_stopping={attack={kind="pgd",radius=0.1,stps=2}}'], "base.early_stopping.attack.stps", ["'steps'"]),
     # kinds
+    (['evaluations=[{kind="autoattak",radius=0.1}]'], "evaluations[0]", ["'autoattak' is unknown", "'autoattack'"]),
+    (
+        ['evaluations=[{kind="transfer",attack={kind="square",radius=0.1}}]'],
+        "evaluations[0].attack",
+        ["'square' is unknown", "'fgsm', 'pgd', 'mifgsm', 'apgd'"],
+    ),
     (["base.model.kind=resnet10"], "base.model", ["'resnet10' is unknown", "'resnet9', 'resnet18', 'monai'"]),
     (["base.model={width=4}"], "base.model", ["kind"]),
     (["base.model=resnet9"], "base.model", ["must be a table", "kind ="]),
@@ -33,6 +58,10 @@ MISTAKES = [
     # missing
     (['base.privacy={kind="dp_sgd",epsilon=8}'], "base.privacy.delta", ["missing"]),
     (['evaluations=[{kind="pgd"}]'], "evaluations[0].radii", ["missing"]),
+    (['evaluations=[{kind="autoattack"}]'], "evaluations[0].radii", ["missing"]),
+    (['evaluations=[{kind="transfer"}]'], "evaluations[0]", ["needs radii", "'4/255'", "attack of its own"]),
+    (['evaluations=[{kind="transfer",attack={kind="mifgsm"}}]'], "evaluations[0].attack.radii", ["missing"]),
+    (['evaluations=[{kind="diagnostics"}]'], "evaluations[0].radius", ["missing"]),
     # impossible values
     (['base.privacy={kind="dp_sgd",epsilon=0,delta=1e-3}'], "base.privacy.epsilon", ["greater than 0, not 0"]),
     (
@@ -55,6 +84,15 @@ MISTAKES = [
     (['grid.defence=[{kind="fgsm",radius=inf}]'], "grid.defence[0].radius", ["finite"]),
     (['evaluations=[{kind="pgd",radius="abc"}]'], "evaluations[0].radii[0]", ["'abc'"]),
     (['evaluations=[{kind="pgd",radii=["8/255","4/255"]}]'], "evaluations[0].radii", ["ascend"]),
+    # fields of PGD that stand beside the kind of a transfer are named where they are
+    (['evaluations=[{kind="transfer",radius="4/0"}]'], "evaluations[0].radii[0]", ["'4/0'"]),
+    (['evaluations=[{kind="transfer",radius=0.1,steps=0}]'], "evaluations[0].steps", ["not 0"]),
+    (['evaluations=[{kind="transfer",radius=0.1,radii=[0.1]}]'], "evaluations[0]", ["not both"]),
+    (['evaluations=[{kind="diagnostics",radius=4}]'], "evaluations[0]", ["beyond 1"]),
+    (["base.local.class_shares=[0.5,0.6]"], "base.local.class_shares", ["add up to 1, not 1.1"]),
+    (["base.local.class_shares=[0.3,0.3]"], "base.local.class_shares", ["add up to 1, not 0.6"]),
+    (["base.local.class_shares=[1.0]"], "base.local.class_shares[0]", ["less than 1"]),
+    (["base.local.class_shares=[0,1]"], "base.local.class_shares[0]", ["greater than 0"]),
     (["base.rounds=-1"], "base.rounds", ["not -1"]),
     (["base.rounds=two"], "base.rounds", ["integer", "'two'"]),
     (["base.rounds=1.5"], "base.rounds", ["not 1.5"]),

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from helpers.tiny_study import SMALLEST, TINY, plan_of, write_study
 from trilemma.errors import UserError
+from trilemma.evaluation.specs import Diagnostics
 from trilemma.federation.specs import TrainSpec
 from trilemma.spec import content_key
-from trilemma.study.combine import combined_key
+from trilemma.study.combine import combined_key, diagnostics_key, evidence_keys, key_of
 from trilemma.study.keys import evaluation_key
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "study_keys.json"
@@ -63,7 +64,67 @@ def test_equal_requests_are_done_once(tmp_path):
 def test_what_all_at_once_is_made_of_is_evaluated_too(tmp_path):
     attacks = '[{kind="pgd",radii=[0.1],steps=2},{kind="fgsm",radii=[0.1]}]'
     plan = plan_of(write_study(tmp_path), f'evaluations=[{{kind="all_at_once",attacks={attacks}}}]')
-    assert [spec.kind for spec in plan.evaluations] == ["all_at_once", "pgd", "fgsm"]
+    assert [spec.kind for spec in plan.evaluations] == ["all_at_once", "pgd", "fgsm", "diagnostics"]
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "diagnosed"),
+    [
+        ('{kind="clean"},{kind="cost"}', []),
+        ('{kind="pgd",radii=["2/255","8/255"]},{kind="fgsm",radius="4/255"}', [("linf", 8 / 255)]),
+        ('{kind="fgsm",radius="4/255"},{kind="pgd",radii=["2/255","8/255"]}', [("linf", 8 / 255)]),
+        ('{kind="pgd",norm="l2",radii=[0.5,1.0]}', [("l2", 1.0)]),
+        ('{kind="carlini_wagner",radius=2},{kind="autoattack",radius=0.1}', [("linf", 0.1), ("l2", 2.0)]),
+        ('{kind="square",radius=0.1}', [("linf", 0.1)]),
+        ('{kind="transfer",attack={kind="mifgsm",norm="l2",radii=[1,3]}}', [("l2", 3.0)]),
+        ('{kind="all_at_once",attacks=[{kind="fgsm",radius=0.2},{kind="transfer",radius=0.2}]}', [("linf", 0.2)]),
+        ('{kind="pgd",radius=0.1},{kind="diagnostics",radius=0.05,num_images=32}', [("linf", 0.05)]),
+        ('{kind="diagnostics",radius=0.05},{kind="pgd",norm="l2",radius=1}', [("linf", 0.05), ("l2", 1.0)]),
+        ('{kind="diagnostics",radius=0.05},{kind="diagnostics",radius=0.1}', [("linf", 0.05), ("linf", 0.1)]),
+    ],
+)
+def test_every_norm_that_is_attacked_is_diagnosed_at_its_largest_radius(tmp_path, evaluations, diagnosed):
+    """Unless the file names diagnostics of that norm itself: those stand in their place."""
+    plan = plan_of(write_study(tmp_path), f"evaluations=[{evaluations}]")
+    found = [spec for spec in plan.evaluations if isinstance(spec, Diagnostics)]
+    assert [(spec.norm, spec.radius) for spec in found] == diagnosed
+    assert [spec.num_images for spec in found if "num_images=32" in evaluations] == [32] * ("32" in evaluations)
+
+
+FGSM, TRANSFER, MIFGSM = (
+    '{kind="fgsm",radius="8/255"}',
+    '{kind="transfer",radius="8/255"}',
+    '{kind="transfer",attack={kind="mifgsm",radius="8/255"}}',
+)
+
+
+def test_diagnostics_with_other_evidence_are_others(tmp_path):
+    """What a study tried at the diagnosed budget is part of what the diagnosis says."""
+    study, base = write_study(tmp_path), '{kind="clean"},{kind="pgd",radii=["4/255","8/255"],steps=2}'
+
+    def of(*more: str, grid: str = ""):
+        overrides = [f"evaluations=[{','.join([base, *more])}]", *([f"grid.defence=[{grid}]"] if grid else [])]
+        plan = plan_of(study, *overrides)
+        (spec,) = (s for s in plan.evaluations if isinstance(s, Diagnostics))
+        assert spec.radius == 8 / 255
+        return diagnostics_key(plan, plan.cells[0], spec), *evidence_keys(plan, plan.cells[0], spec)
+
+    wide = '{kind="none"},{kind="fgsm",radius="4/255"},{kind="pgd"}'
+    found = [of(), of(FGSM), of(TRANSFER), of(MIFGSM), of(TRANSFER, grid=wide), of(FGSM, TRANSFER)]
+    assert len({key for key, *_ in found}) == len(found)
+    # White box: PGD and FGSM. Transferred: two artefacts of another training, or four of two; never the own one.
+    assert [(len(white), len(transferred)) for _, white, transferred in found] == [
+        (1, 0), (2, 0), (1, 2), (1, 2), (1, 4), (2, 2),
+    ]  # fmt: skip
+    # What says nothing about gradients at that budget is no evidence.
+    others = ('{kind="square",radius="8/255"}', '{kind="fgsm",radius="2/255"}', '{kind="pgd",norm="l2",radius=0.01}')
+    for other in (*others[:2], '{kind="cost"}'):
+        assert of(other) == of()
+    plan = plan_of(study, f"evaluations=[{base},{others[2]}]")
+    linf, l2 = (s for s in plan.evaluations if isinstance(s, Diagnostics))
+    assert (
+        evidence_keys(plan, plan.cells[0], linf)[0] == of()[1] and len(evidence_keys(plan, plan.cells[0], l2)[0]) == 1
+    )
 
 
 SPEC = {
@@ -124,10 +185,12 @@ CHANGES = [
     *(("local", {"learning_rate": 1, "momentum": 0.5} | change) for change in (
         {"learning_rate": 2}, {"momentum": 0}, {"optimizer": "adam"}, {"weight_decay": 1}, {"batch_size": 3},
         {"epochs": 2}, {"steps": 2}, {"schedule": "cosine"}, {"augmentation": {"shift": 1}},
-        {"augmentation": {"flip": True}}, {"augmentation": {"flip": True, "multiplicity": 2}})),
+        {"augmentation": {"flip": True}}, {"augmentation": {"flip": True, "multiplicity": 2}},
+        {"class_shares": [0.25, 0.75]}, {"class_shares": [0.75, 0.25]})),
     *(("pretraining", {"data": {"kind": "phantom", "size": 16}} | change) for change in (
         {}, {"data": {"kind": "phantom", "size": 16, "seed": 1}}, {"epochs": 1}, {"optimizer": "adam"},
-        {"learning_rate": 1}, {"momentum": 0}, {"batch_size": 8}, {"augmentation": {"flip": True}})),
+        {"learning_rate": 1}, {"momentum": 0}, {"batch_size": 8}, {"augmentation": {"flip": True}},
+        {"defence": {"kind": "fgsm"}})),
     ("averaging", {"decay": 0}),
     ("averaging", {"decay": 0.9}),
     *(("server", server) for server in (
@@ -135,7 +198,16 @@ CHANGES = [
         {"kind": "adam", "beta1": 0}, {"kind": "adam", "tau": 1})),
     *(("defence", defence) for defence in (
         {"kind": "fgsm"}, {"kind": "fgsm", "radius": 0.1}, {"kind": "fgsm", "norm": "l2"},
-        {"kind": "fgsm", "fraction": 0.5}, {"kind": "pgd"}, {"kind": "pgd", "steps": 2})),
+        {"kind": "fgsm", "fraction": 0.5}, {"kind": "fgsm", "warmup": 0.5},
+        {"kind": "fgsm", "schedule": [[0, 0], [0.5, 1]]}, {"kind": "pgd"}, {"kind": "pgd", "steps": 2},
+        {"kind": "pgd", "step_size": 0.5}, {"kind": "nfgsm"}, {"kind": "nfgsm", "noise": 1}, {"kind": "trades"},
+        {"kind": "trades", "beta": 1}, {"kind": "mart"}, {"kind": "mart", "beta": 1},
+        *({"kind": "adversarial", "attack": {"kind": kind, "radius": 0.1}} for kind in ("pgd", "mifgsm", "apgd")))),
+    *(("early_stopping", stopping) for stopping in (
+        {"attack": {"kind": "pgd", "radius": 0.1}}, {"attack": {"kind": "pgd", "radius": 0.2}},
+        {"attack": {"kind": "pgd", "radius": 0.1}, "every": 2},
+        {"attack": {"kind": "pgd", "radius": 0.1}, "patience": 3},
+        {"attack": {"kind": "pgd", "radius": 0.1}, "measure": "balanced_accuracy"})),
     *(("privacy", {"kind": "dp_sgd", "delta": 1e-3} | change) for change in (
         {"epsilon": 1}, {"epsilon": 2}, {"noise_multiplier": 1}, {"epsilon": 1, "delta": 1e-4},
         {"epsilon": 1, "clip": 2}, {"epsilon": 1, "unit": "patient"},
@@ -158,6 +230,17 @@ def test_every_field_changes_the_key():
     assert fields == set(TrainSpec.model_fields)
 
 
+def test_class_shares_that_are_not_given_leave_a_key_alone():
+    """They came later: whoever does not use them keeps the results of a version without them."""
+    spec = TrainSpec.model_validate(SPEC)
+    dumped = spec.model_dump(mode="json")
+    assert "class_shares" not in dumped["local"] and "early_stopping" not in dumped
+    assert TrainSpec.model_validate({**SPEC, "local": {**SPEC["local"], "class_shares": None}}).key == spec.key
+    given = TrainSpec.model_validate({**SPEC, "local": {**SPEC["local"], "class_shares": [0.5, 0.3, 0.2]}})
+    assert given.model_dump(mode="json")["local"]["class_shares"] == [0.5, 0.3, 0.2]
+    assert TrainSpec.model_validate(given.model_dump(mode="json")) == given
+
+
 def test_keys_are_what_they_were(tmp_path):
     """A changed key orphans every store: raise KEY_VERSION, say so in the changelog, and renew this file.
 
@@ -167,12 +250,7 @@ def test_keys_are_what_they_were(tmp_path):
     keys = {
         "trainings": {t.configuration: t.key for t in plan.trainings},
         "artefacts": {f"{c.training.configuration}, {c.compression.label}": c.key for c in plan.cells},
-        "evaluations": {
-            spec.label: combined_key(plan, plan.cells[0], spec)
-            if spec.kind in ("transfer", "all_at_once")
-            else evaluation_key(plan.cells[0].key, spec)
-            for spec in plan.evaluations
-        },
+        "evaluations": {spec.label: key_of(plan, plan.cells[0], spec) for spec in plan.evaluations},
         "smallest": plan_of(write_study(tmp_path, SMALLEST)).trainings[0].key,
     }
     if not GOLDEN.exists():

@@ -59,7 +59,7 @@ def test_a_check_tells(plan, roots, tmp_path):
     lines = [line for line in phrases[0].splitlines() if REASON in line]
     assert [line.strip().partition(" of plain: ")[0] for line in lines] == [transfer.label, together.label]
     assert pgd.label not in phrases[0].partition("No guarantee")[0].replace(transfer.label, "")
-    assert f"│ {'evaluations':<11} │ {6:>9} │" in shown.getvalue()  # clean, PGD and cost of two artefacts
+    assert f"│ {'evaluations':<11} │ {8:>9} │" in shown.getvalue()  # clean, PGD, cost and diagnostics of two artefacts
 
 
 def test_a_report_has_the_reason_and_judges_by_what_there_is(plan, stored):

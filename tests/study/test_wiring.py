@@ -26,7 +26,7 @@ from trilemma.federation.round import run_round
 from trilemma.privacy.guarantee import Guarantee
 from trilemma.study import engine, evaluate_job, train_job
 from trilemma.study.compress_job import compress_job
-from trilemma.study.evaluate_job import Attack, attack_job, clean_job, cost_job
+from trilemma.study.evaluate_job import AttackTask, attack_job, clean_job, cost_job
 from trilemma.study.files import StoreFiles, load_tensors, open_model, save_tensors
 from trilemma.study.keys import evaluation_key
 from trilemma.study.plan import Cell
@@ -100,7 +100,7 @@ def test_int8_is_calibrated_on_the_images_that_its_guarantee_rests_on(plan, plac
 def test_what_is_judged_is_the_file_that_ships_and_never_its_twin(plan, place, clean):
     target, source = plan.cells
     spec = Pgd(radii=("4/255",), steps=1)
-    attack = Attack(spec, source, False, Transfer(radii=("4/255",), steps=1), (target,), clean)
+    attack = AttackTask(spec, source, False, Transfer(radii=("4/255",), steps=1), (target,), clean)
     (before,) = attack_job(place, attack)
     tensors, texts = load_tensors(place.files.twin(target.key))
     save_tensors(place.files.twin(target.key), {name: -value for name, value in tensors.items()}, texts)
@@ -215,7 +215,7 @@ def test_another_seed_starts_an_attack_elsewhere(plan, place, clean, tmp_path):
         shutil.copy(path(files, first.key), path(files, second.key))
     spec, rows = Pgd(radii=("8/255",), steps=2, step_size=0.1), []
     for cell in (first, second, first):
-        rows += attack_job(place, Attack(spec, cell, True, None, (), {cell.key: clean[first.key]}))
+        rows += attack_job(place, AttackTask(spec, cell, True, None, (), {cell.key: clean[first.key]}))
     logits = [row.outcomes[0].logits_NK for row in rows]
     pictures = [[example.adversarial_png for example in row.examples] for row in rows]
     assert np.array_equal(logits[0], logits[2]) and not np.array_equal(logits[0], logits[1])

@@ -66,7 +66,8 @@ class Transfer(Spec):
             raise ValueError("a transfer needs radii, such as radii = ['1/255', '4/255'], or an attack of its own")
         unknown = fields.keys() - Pgd.model_fields.keys() - {"radius"}
         if unknown:
-            raise ValueError(f"unknown field {', '.join(sorted(unknown))}; valid are attack or those of kind 'pgd'")
+            valid = ", ".join(name for name in Pgd.model_fields if name != "kind")
+            raise ValueError(f"unknown field {', '.join(sorted(unknown))}; valid are attack, or those of 'pgd': {valid}")
         return {"kind": "transfer", "attack": {"kind": "pgd"} | fields}
 
     @property

@@ -211,7 +211,7 @@ def _example(
     scale = 0.5 / max(float(change_CHW.abs().max()), 1e-6)  # the largest change becomes black or white on grey
     return Example(
         artefact_key=attack.source.key,
-        title=f"{attack.spec.label}, radius {budget.radius:.4g}",
+        title=f"{attack.spec.name(len(dataset.classes))}, radius {budget.radius:.4g}",
         clean_png=png_bytes(clean_CHW.numpy()),
         perturbation_png=png_bytes((0.5 + change_CHW * scale).clamp(0, 1).numpy()),
         adversarial_png=png_bytes(adversarial_CHW.numpy()),

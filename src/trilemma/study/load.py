@@ -2,6 +2,7 @@
 
 import difflib
 import tomllib
+from itertools import zip_longest
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -45,10 +46,17 @@ def validate(model: type[BaseModel], raw: dict[str, Any], where: str, prefix: st
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = _most_telling(error.errors())
         place = ".".join([part for part in (prefix, _place(first, raw)) if part])
         problem, remedy = _explain(first, model, raw)
         raise UserError(f"{where}: {place}" if place else where, problem, remedy) from None
+
+
+def _most_telling(errors: list[ErrorDetails]) -> ErrorDetails:
+    """Returns the first mistake; where a field is missing and its table has an unknown one, that: it is misspelt."""
+    first = errors[0]
+    unknown = (e for e in errors if e["type"] == "extra_forbidden" and e["loc"][:-1] == first["loc"][:-1])
+    return next(unknown, first) if first["type"] == "missing" else first
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -74,10 +82,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _walk(error: ErrorDetails, raw: Any) -> list[tuple[Any, Any]]:
     """Returns (name, value there) for each part of an error's place, without the tags of discriminated unions."""
-    steps, value = [], raw
-    for part in error["loc"]:
-        if isinstance(value, dict) and part not in value and part == value.get("kind"):
-            continue
+    steps, value, beside = [], raw, False
+    for part, inner in zip_longest(error["loc"], error["loc"][1:]):
+        if isinstance(value, dict) and part not in value:
+            tag = part == value.get("kind") or beside
+            beside = not tag and isinstance(inner, str)  # a table whose fields stand beside the kind of the outer one
+            if tag or beside:
+                continue
         if isinstance(part, str) and not isinstance(value, dict):
             continue  # pydantic's name for a member of a union of simple types
         value = _at(value, part)

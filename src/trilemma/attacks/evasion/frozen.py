@@ -16,9 +16,10 @@ def frozen(classifier: Classifier) -> Iterator[Classifier]:
 
     Within the block batch-norm statistics stay as they are, dropout is off and a backward pass costs nothing for
     the parameters. Hooks on modules' backward passes are not called: they belong to whoever trains, and a per-record
-    gradient engine would take an attack's pass for its own. Every module's own training flag and hooks and every
-    parameter's own `requires_grad` come back after it, also after an error; `.grad` is never touched. Blocks may be
-    nested.
+    gradient engine would take an attack's pass for its own. Hooks on forward passes are called, for they may be part of
+    what the network computes, as a pruning mask is; they find modules in evaluation mode. Every module's own training
+    flag and hooks and every parameter's own `requires_grad` come back after it, also after an error; `.grad` is never
+    touched. Blocks may be nested, and a graph that was made before one can be followed backwards after it.
     """
     hooked = [
         (module, module._backward_hooks, module._backward_pre_hooks)
