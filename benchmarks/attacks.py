@@ -1,8 +1,8 @@
 """What attacks cost: PGD-20 and AutoAttack, ours and the Adversarial Robustness Toolbox's (ART), on the same models.
 
-Both attack the same images of phantoms within the same radius, a robust model and an undefended one. ART's AutoAttack has
-the parts that it has for three classes, with one start each and the steps and queries of ours: by default it takes five
-starts of each, and longer. Also how long one inner step of an attack takes over a plain SGD step.
+Both attack the same images of phantoms within the same radius, a robust model and an undefended one. ART's AutoAttack
+has the parts that it has for three classes, with one start each and the steps and queries of ours: by default it takes
+five starts of each, and longer. Also how long one inner step of an attack takes over a plain SGD step.
 """
 
 import time

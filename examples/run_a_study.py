@@ -36,5 +36,5 @@ with tempfile.TemporaryDirectory() as name:
         results = assemble(plan, store, STUDY, "trilemma run study.toml")
 names = {artefact.key: artefact.compression for artefact in results.artefacts}
 for artefact, m in ((names[e.artefact_key], m) for e in results.evaluated for m in e.measurements):
-    if m.metric in ("accuracy", "robust_accuracy") and m.client is None:
+    if m.metric in ("accuracy", "robust_accuracy") and m.client is None and m.value is not None:  # None has a reason
         print(f"{artefact}: {m.metric} {m.value:.2f}, 95 % interval {m.low:.2f} to {m.high:.2f}")

@@ -7,7 +7,7 @@ from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.specs import Pgd
 from trilemma.evaluation.harness import Target, attacked_logits, clean_logits
 from trilemma.evaluation.intervals import wilson
-from trilemma.evaluation.robustness import robust_measurements, worst_logits
+from trilemma.evaluation.robustness import robust_auroc, robust_measurements, worst_logits
 from trilemma.models.classifier import Classifier
 
 
@@ -132,3 +132,39 @@ def test_several_images_of_a_patient_widen_the_interval():
     alone = _measure(adv, clean, labels)["robust_accuracy"]
     patients = _measure(adv, clean, labels, units=np.arange(100) // 10)["robust_accuracy"]
     assert patients.high - patients.low > 2 * (alone.high - alone.low)
+
+
+def _margins(*values):
+    return np.stack([np.zeros(len(values)), values], axis=1).astype(np.float32)
+
+
+def test_an_auroc_under_attack_by_hand():
+    """Of 2 x 3 pairs of a positive and a negative, 4 are in order and one is equal."""
+    found = robust_auroc(_margins(1, 3, 0, 1, 2), np.array([1, 1, 0, 0, 0]), np.arange(5), 0.1, 0)
+    assert (found.metric, found.value, found.radius, found.n) == ("robust_auroc", 4.5 / 6, 0.1, 5)
+    assert 0 <= found.low <= found.value <= found.high <= 1 and found.source is None
+    turned = robust_auroc(_margins(-3, -2, 1, 2), np.array([1, 1, 0, 0]), np.arange(4), 0.1, 0)
+    assert turned.value == 0  # every order the wrong way round: below that of a coin
+    units_N = np.array([0, 0, 0, 1, 1])
+    patients = robust_auroc(_margins(1, 3, 0, 1, 2), np.array([1, 1, 0, 0, 0]), units_N, 0.1, 0)
+    assert patients.value == found.value and (patients.low, patients.high) != (found.low, found.high)
+
+
+def test_an_auroc_under_attack_that_does_not_exist_has_a_reason():
+    alone = robust_auroc(_margins(1, 2), np.array([1, 1]), np.arange(2), 0.1, 0)
+    broken = robust_auroc(_margins(1, np.nan), np.array([1, 0]), np.arange(2), 0.1, 0)
+    assert (alone.value, alone.status, alone.radius) == (broken.value, broken.status, broken.radius)
+    assert alone.status == "undefined" and "no record of class 0" in alone.reason and "1 of 2" in broken.reason
+
+
+def test_images_driven_to_the_end_rank_no_better_than_those_that_stopped(float_target, test_records):
+    """On a model where it makes a difference; which images are broken is the same."""
+    labels_N, units_N = test_records.labels_N, test_records.units()
+    found, right = [], []
+    for stop in (False, True):
+        evasion = Pgd(radii=(0.05,), steps=8, loss="margin").make(stop=stop)
+        budget = Budget("linf", 0.05)
+        (adv_NK,) = attacked_logits(float_target.twin, [float_target], evasion, budget, test_records, 0)
+        found.append(robust_auroc(adv_NK, labels_N, units_N, 0.05, 0).value)
+        right.append(adv_NK.argmax(1) == labels_N)
+    assert found[0] < found[1] and np.array_equal(*right) and 0 < right[0].mean() < 1

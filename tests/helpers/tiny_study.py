@@ -42,17 +42,17 @@ num_calibration = 16
 kind = "clean"
 [[evaluations]]
 kind = "pgd"
-radii = ["4/255", "8/255"]
+radii = ["8/255"]
 steps = 2
 [[evaluations]]
 kind = "transfer"
-radii = ["4/255", "8/255"]
+radii = ["8/255"]
 steps = 2
 [[evaluations]]
 kind = "all_at_once"
 attacks = [
-    { kind = "pgd", radii = ["4/255", "8/255"], steps = 2 },
-    { kind = "transfer", radii = ["4/255", "8/255"], steps = 2 },
+    { kind = "pgd", radii = ["8/255"], steps = 2 },
+    { kind = "transfer", radii = ["8/255"], steps = 2 },
 ]
 [[evaluations]]
 kind = "cost"

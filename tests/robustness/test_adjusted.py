@@ -90,7 +90,7 @@ def test_a_boundary_moves_to_where_both_classes_are_equally_likely(shares, thres
         return loss
 
     optimiser.step(closure)
-    weight_K, bias_K = classifier.module[1].weight[:, 0], classifier.module[1].bias
+    weight_K, bias_K = classifier.module[1].weight[:, 0].detach(), classifier.module[1].bias.detach()
     boundary = float(-(bias_K[1] - bias_K[0]) / (weight_K[1] - weight_K[0]))
     expected = torch.log(torch.tensor(0.88 / 0.12)).item() / 2 if threshold else 0.0
     assert boundary == pytest.approx(expected, abs=0.12)

@@ -274,9 +274,8 @@ def test_a_result_of_autoattack_is_called_by_its_variant(roots, tmp_path, classe
     monkeypatch.setattr(evasion_specs, "autoattack", lambda *given, **__: fgsm(*given))  # it is the name that counts
     attack = f'\n[[evaluations]]\nkind = "autoattack"\neffort = "quick"\nradius = {RADIUS}\n'
     plan = plan_of(write_study(tmp_path, SMALLEST.replace("classes = 2", f"classes = {classes}") + attack))
-    plan = replace(plan, evaluations=plan.evaluations[:1])
-    (spec,), label = plan.evaluations, f"quick AutoAttack {variant} Linf"
-    run_plan(plan, tmp_path / "store", roots)
+    spec, label = plan.evaluations[0], f"quick AutoAttack {variant} Linf"
+    run_plan(replace(plan, evaluations=(spec,)), tmp_path / "store", roots)
     with Store(tmp_path / "store") as store:
         row = store.evaluation(evaluation_key(plan.cells[0].key, spec))
         results = assemble(plan, store, "", "")

@@ -1,4 +1,4 @@
-"""Robustness is looked at before it is reported: with the study's own evidence, for each artefact and norm."""
+"""Robustness is looked at before it is reported: with the study's own evidence, for each artefact and budget."""
 
 import os
 import shutil
@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from helpers.tiny_study import SMALLEST, plan_of, run_plan, write_study
+from trilemma.attacks.budget import Budget
 from trilemma.errors import Failure
+from trilemma.evaluation.diagnostics import Tried
 from trilemma.evaluation.measurement import Measurement
-from trilemma.evaluation.specs import AllAtOnce, Clean, Diagnostics, Transfer
+from trilemma.evaluation.specs import Diagnostics, Transfer
 from trilemma.report.configurations import configuration_rows
-from trilemma.study import diagnose_job as diagnosing
 from trilemma.study import engine
 from trilemma.study.assemble import NOT_DIAGNOSED, assemble
 from trilemma.study.combine import diagnostics_key, evidence_keys, key_of, pair_keys
-from trilemma.study.diagnose_job import Tried, diagnose_job
+from trilemma.study.diagnose_job import diagnose_job
 from trilemma.study.keys import evaluation_key
 from trilemma.study.rows import EvaluationRow
 from trilemma.study.store import Store
@@ -94,11 +95,12 @@ def planted(plan, cell, spec, *raised: str) -> EvaluationRow:
     return EvaluationRow(diagnostics_key(plan, cell, spec), cell.key, fields, {}, 0.1, (*flags, calm))
 
 
-def attacked(results, cell, norm: str) -> list[Measurement]:
-    """Everything that attacks in a norm measured of an artefact."""
+def attacked(results, cell, budget: Budget) -> list[Measurement]:
+    """Everything that attacks within a budget measured of an artefact."""
     kinds = {"pgd", "fgsm", "square", "transfer", "all_at_once"}
     mine = [e for e in results.evaluated if e.artefact_key == cell.key and e.kind in kinds]
-    found = [m for e in mine if ("L2" in e.evaluation) == (norm == "l2") for m in e.measurements]
+    in_norm = [m for e in mine if ("L2" in e.evaluation) == (budget.norm == "l2") for m in e.measurements]
+    found = [m for m in in_norm if m.radius == budget.radius]
     assert {m.metric for m in found} >= {"robust_accuracy", "attack_success_rate", "sensitivity", "above_majority"}
     return found
 
@@ -107,87 +109,89 @@ def others(results) -> list[Measurement]:
     return [m for e in results.evaluated if e.kind in ("clean", "cost") for m in e.measurements]
 
 
-def stored(store, plan, cell, norm: str) -> list[Measurement]:
+def stored(store, plan, cell, budget: Budget) -> list[Measurement]:
     """The same, as it lies in the store."""
     found = []
     for spec in plan.evaluations:
-        if getattr(spec, "norm", "") == norm and not isinstance(spec, Diagnostics):
+        if getattr(spec, "norm", "") == budget.norm and not isinstance(spec, Diagnostics):
             keys = [key_of(plan, cell, spec), *(pair_keys(plan, cell, spec) if isinstance(spec, Transfer) else [])]
-            found += [m for key in keys for m in store.evaluation(key).measurements]
+            found += [m for key in keys for m in store.evaluation(key).measurements if m.radius == budget.radius]
     return found
 
 
-def test_a_flag_withholds_every_number_of_its_norm_and_artefact_and_no_other(plan, folder):
-    linf, l2 = specs_of(plan)
+NOTHING = {"value": None, "low": None, "high": None, "status": "", "reason": ""}
+
+
+def test_a_flag_withholds_every_number_of_its_budget_and_artefact_and_no_other(plan, folder):
+    low, high, l2 = specs_of(plan)
     first, second = plan.cells
-    assert (linf.norm, l2.norm) == ("linf", "l2")
-    rows = [planted(plan, first, linf, FLAG, "flag_randomised"), planted(plan, first, l2)]
-    rows += [planted(plan, second, linf), planted(plan, second, l2, FLAG)]
+    assert [spec.budget for spec in (low, high, l2)] == [
+        Budget("linf", 4 / 255), Budget("linf", 8 / 255), Budget("l2", 0.5),
+    ]  # fmt: skip
+    raised = {(first.key, high): (FLAG, "flag_randomised"), (second.key, l2): (FLAG,), (second.key, low): (FLAG,)}
+    rows = [planted(plan, c, spec, *raised.get((c.key, spec), ())) for c in plan.cells for spec in (low, high, l2)]
     with Store(folder, write=True) as store:
         store.add_evaluations(rows)
         results = assemble(plan, store, "", "")
-        for cell, norm in ((first, "linf"), (second, "l2")):
-            hidden, known = attacked(results, cell, norm), stored(store, plan, cell, norm)
-            assert len(hidden) == len(known) and any(m.value is not None for m in known)
-            for shown, was in zip(hidden, known, strict=True):
-                assert shown[:1] + shown[4:6] == was[:1] + was[4:6] and (shown.radius, shown.source) == (
-                    was.radius,
-                    was.source,
-                )
-                if was.value is None:  # what does not exist is not withheld
-                    assert shown == was
+        for cell in plan.cells:
+            for spec in (low, high, l2):
+                shown_all, known = attacked(results, cell, spec.budget), stored(store, plan, cell, spec.budget)
+                assert len(shown_all) == len(known) and any(m.value is not None for m in known)
+                if (cell.key, spec) not in raised:
+                    assert shown_all == known
                     continue
-                assert (shown.value, shown.low, shown.high, shown.status) == (None, None, None, "withheld")
-                assert f"zero_gradient: {EVIDENCE}" in shown.reason and "constant" not in shown.reason
-                assert ("randomised" in shown.reason) == (cell is first)
-        for cell, norm in ((first, "l2"), (second, "linf")):
-            assert attacked(results, cell, norm) == stored(store, plan, cell, norm)
-            assert all(m.status != "withheld" for m in attacked(results, cell, norm))
+                for shown, was in zip(shown_all, known, strict=True):
+                    assert shown._replace(**NOTHING) == was._replace(**NOTHING)
+                    if was.value is None:  # what does not exist is not withheld
+                        assert shown == was
+                        continue
+                    assert (shown.value, shown.low, shown.high, shown.status) == (None, None, None, "withheld")
+                    assert f"zero_gradient: {EVIDENCE}" in shown.reason and "constant" not in shown.reason
+                    assert ("randomised" in shown.reason) == (cell is first)
     assert not results.missing and all(m.status == "ok" for m in others(results) if m.value is not None)
-    assert [m for m in attacked(results, first, "linf") if m.metric == "robust_auroc"]
+    withheld = [m for m in attacked(results, first, high.budget) if m.status == "withheld"]
+    assert {m.metric for m in withheld} >= {"robust_auroc", "robust_accuracy"}
+    assert any(m.source for m in withheld)  # each transfer and the worst of them alike
     for row in configuration_rows(results):
         assert any(a.robust.withheld for a in row.attacked) and not all(a.robust.withheld for a in row.attacked)
 
 
 def test_without_diagnostics_everything_is_withheld_and_they_are_missing(plan, folder):
-    linf, _ = specs_of(plan)
+    specs = specs_of(plan)
     first, second = plan.cells
     with Store(folder, write=True) as store:
         results = assemble(plan, store, "", "")
         assert sorted(results.missing) == sorted(
-            f"{spec.label} of {cell.training.configuration}, seed 0, fp32"
-            for cell in plan.cells
-            for spec in specs_of(plan)
+            f"{spec.label} of {cell.training.configuration}, seed 0, fp32" for cell in plan.cells for spec in specs
         )
         for cell in plan.cells:
-            for norm in ("linf", "l2"):
-                values = [
-                    (m.value, m.status, m.reason) for m in attacked(results, cell, norm) if m.status != "undefined"
-                ]
-                assert set(values) == {(None, "withheld", NOT_DIAGNOSED)}
+            for spec in specs:
+                known = [m for m in attacked(results, cell, spec.budget) if m.status != "undefined"]
+                assert {(m.value, m.status, m.reason) for m in known} == {(None, "withheld", NOT_DIAGNOSED)}
         assert others(results) and all(m.status == "ok" for m in others(results) if m.value is not None)
-        # Made for one artefact and norm, they speak of that one.
-        store.add_evaluations([planted(plan, first, linf)])
+        # Made for one artefact and budget, they speak of that one.
+        store.add_evaluations([planted(plan, first, specs[1])])
         results = assemble(plan, store, "", "")
-    assert all(m.status != "withheld" for m in attacked(results, first, "linf"))
-    for cell, norm in ((first, "l2"), (second, "linf"), (second, "l2")):
-        assert any(m.reason == NOT_DIAGNOSED for m in attacked(results, cell, norm))
+    for cell in (first, second):
+        for spec in specs:
+            doubted = any(m.reason == NOT_DIAGNOSED for m in attacked(results, cell, spec.budget))
+            assert doubted == ((cell, spec) != (first, specs[1]))
 
 
 def test_a_diagnosis_of_other_evidence_does_not_count(plan, folder, tmp_path):
-    """It was made before the study got another attack at that radius; that might tell more."""
-    linf, _ = specs_of(plan)
+    """It was made before the study got another attack within that budget, which might tell more."""
+    _, high, _ = specs_of(plan)
     cell = plan.cells[0]
     more = plan_of(write_study(tmp_path, STUDY + '[[evaluations]]\nkind = "fgsm"\nradius = "8/255"\n'))
     with Store(folder, write=True) as store:
-        store.add_evaluations([planted(plan, cell, linf)])
+        store.add_evaluations([planted(plan, cell, high)])
         before, after = (assemble(p, store, "", "") for p in (plan, more))
-    assert not [m for m in attacked(before, cell, "linf") if m.status == "withheld"]
-    assert {m.reason for m in attacked(after, cell, "linf") if m.status == "withheld"} == {NOT_DIAGNOSED}
+    assert not [m for m in attacked(before, cell, high.budget) if m.status == "withheld"]
+    assert {m.reason for m in attacked(after, cell, high.budget) if m.status == "withheld"} == {NOT_DIAGNOSED}
 
 
 def test_a_diagnosis_has_the_studys_own_evidence(plan, folder, roots, monkeypatch):
-    """Clean answers, those under every white box at the radius, and those on other trainings' images at it."""
+    """The answers under each attack with gradients within the budget, and those under all others within it."""
     seen = {}
 
     def watched(place, cell, spec, key, tried):
@@ -195,34 +199,38 @@ def test_a_diagnosis_has_the_studys_own_evidence(plan, folder, roots, monkeypatc
         return planted(plan, cell, spec)
 
     monkeypatch.setattr(engine, "diagnose_job", watched)
-    assert "diagnosing: 4 jobs" in run_plan(plan, folder, roots)
-    pgd, transfer = plan.evaluations[1], plan.evaluations[4]
-    l2 = next(spec for spec in plan.evaluations if spec.kind == "pgd" and spec.norm == "l2")
+    assert "diagnosing: 6 jobs" in run_plan(plan, folder, roots)
+    low, high, l2 = specs_of(plan)
+    _, pgd, fgsm, square, transfer, _, pgd_l2, *_ = plan.evaluations
+    assert [spec.kind for spec in (pgd, fgsm, square, transfer, pgd_l2)] == ["pgd", "fgsm", "square", "transfer", "pgd"]
     with Store(folder) as store:
 
-        def at(key, radius):
-            (logits_NK,) = (o.logits_NK for o in store.outcomes(key) if o.radius == radius)
+        def at(key, spec):
+            (logits_NK,) = (o.logits_NK for o in store.outcomes(key) if o.radius == spec.radius)
             return logits_NK
 
         for cell, other in (plan.cells, plan.cells[::-1]):
-            by_norm = {spec.norm: tried for (key, spec), tried in seen.items() if key == cell.key}
-            white = at(evaluation_key(cell.key, pgd), 8 / 255)
-            transferred = at(evaluation_key(cell.key, transfer, (other.key,)), 8 / 255)
-            assert np.array_equal(by_norm["linf"].clean_NK, at(evaluation_key(cell.key, Clean()), None))
-            assert len(by_norm["linf"].white) == len(by_norm["linf"].transferred) == 1
-            assert np.array_equal(by_norm["linf"].white[0], white) and not np.array_equal(
-                white, at(evaluation_key(cell.key, pgd), 4 / 255)
-            )
-            assert np.array_equal(by_norm["linf"].transferred[0], transferred)
-            assert by_norm["l2"].transferred == ()
-            assert np.array_equal(by_norm["l2"].white[0], at(evaluation_key(cell.key, l2), 0.5))
+            own = {spec: evaluation_key(cell.key, spec) for spec in (pgd, fgsm, square, pgd_l2)}
+            from_other = evaluation_key(cell.key, transfer, (other.key,))
+            expected = {
+                low: ([own[pgd], own[fgsm]], [from_other]),
+                high: ([own[pgd]], [own[square], from_other]),
+                l2: ([own[pgd_l2]], []),
+            }
+            for spec, keys in expected.items():
+                for found, wanted in zip(seen[cell.key, spec], keys, strict=True):
+                    assert len(found) == len(wanted)
+                    assert all(np.array_equal(f, at(key, spec)) for f, key in zip(found, wanted, strict=True))
+            assert not np.array_equal(at(own[pgd], low), at(own[pgd], high))  # so that a mix-up shows
+            assert not np.array_equal(at(own[square], high), at(from_other, high))
     seen.clear()
     assert run_plan(plan, folder, roots) == "" and not seen  # they are stored under the key that is looked for
 
 
-def test_a_diagnosis_waits_for_its_evidence(plan, folder, roots, monkeypatch):
+@pytest.mark.parametrize("lost", ["transfer", "square"])
+def test_a_diagnosis_waits_for_its_evidence(plan, folder, roots, monkeypatch, lost):
     """An attack that failed is no attack that found nothing."""
-    linf, l2 = specs_of(plan)
+    low, high, l2 = specs_of(plan)
     first, second = plan.cells
     made = []
 
@@ -233,22 +241,22 @@ def test_a_diagnosis_waits_for_its_evidence(plan, folder, roots, monkeypatch):
     def fails(*_):
         raise Failure("the machine", "lost its power", "Wait")
 
-    _, (transferred,) = evidence_keys(plan, first, linf)
+    black, from_other = evidence_keys(plan, first, high)[1]
     with closing(sqlite3.connect(folder / "store.db")) as db, db:
-        for table, column in (
-            ("measurements", "evaluation_key"),
-            ("outcomes", "evaluation_key"),
-            ("evaluations", "key"),
-        ):
-            assert db.execute(f"DELETE FROM {table} WHERE {column} = ?", (transferred,)).rowcount
+        key = from_other if lost == "transfer" else black
+        for table in ("measurements", "outcomes", "examples"):
+            db.execute(f"DELETE FROM {table} WHERE evaluation_key = ?", (key,))
+        assert db.execute("DELETE FROM evaluations WHERE key = ?", (key,)).rowcount == 1
     monkeypatch.setattr(engine, "diagnose_job", watched)
     with monkeypatch.context() as patched:
         patched.setattr(engine, "attack_job", fails)
         with pytest.raises(Failure, match="lost its power"):
             run_plan(plan, folder, roots)
-    assert set(made) == {(first.key, l2), (second.key, linf), (second.key, l2)}
+    waiting = {(first.key, spec) for spec in ((low, high) if lost == "transfer" else (high,))}
+    assert set(made) == {(cell.key, spec) for cell in (first, second) for spec in (low, high, l2)} - waiting
+    before = len(made)
     run_plan(plan, folder, roots)
-    assert made[3:] == [(first.key, linf)]
+    assert set(made[before:]) == waiting
 
 
 @pytest.fixture
@@ -256,47 +264,34 @@ def place(undiagnosed, roots):
     return Workplace(undiagnosed, roots, "cpu", 1, os.getpid())
 
 
-def test_what_transfers_better_than_the_white_box_is_flagged(plan, place, undiagnosed, roots, monkeypatch):
-    """On planted logits; the white box is image by image the worst of all, and so are the transfers."""
-    monkeypatch.setattr(diagnosing, "diagnose", lambda *_, **__: [])
-    cell, (linf, _) = plan.cells[0], specs_of(plan)
+def test_a_diagnosis_in_earnest_counts_what_the_study_has_tried(plan, place, roots):
+    """All flags of an artefact, on its test images; planted logits break what the model's own gradients do not."""
+    low, _, _ = specs_of(plan)
+    cell = plan.cells[0]
+    small = low.model_copy(update={"radius": 1e-6})  # within which nothing else breaks anything
     labels_N = plan.trainings[0].spec.data.load(roots).test.labels_N
     right_NK = np.eye(2, dtype=np.float32)[labels_N]
-    wrong_NK, half_NK, rest_NK = 1 - right_NK, right_NK.copy(), right_NK.copy()
-    half_NK[:6], rest_NK[6:] = wrong_NK[:6], wrong_NK[6:]
+    wrong_NK = 1 - right_NK
 
-    def flag(white, transferred):
-        row = diagnose_job(place, cell, linf, "key", Tried(right_NK, white, transferred))
-        assert row.key == "key" and row.artefact_key == cell.key and row.spec["label"] == linf.label
+    def flags(*tried):
+        row = diagnose_job(place, cell, small, "key", Tried(*tried))
+        assert (row.key, row.artefact_key, row.spec["label"]) == ("key", cell.key, small.label) and not row.outcomes
+        assert all(m.reason and m.value in (0.0, 1.0) and m.radius == small.radius for m in row.measurements)
+        assert all(0 < m.n <= 12 for m in row.measurements)
         return {m.metric: m.value for m in row.measurements}
 
-    name = "flag_transfer_beats_white_box"
-    assert flag((right_NK,), (wrong_NK,)) == {name: 1.0}
-    assert flag((right_NK,), (right_NK, half_NK)) == {name: 1.0}
-    assert flag((half_NK, rest_NK), (wrong_NK,)) == {name: 0.0}  # together they broke all of it
-    assert flag((half_NK,), (right_NK, half_NK)) == {name: 0.0}
-    assert flag((wrong_NK,), (right_NK,)) == {name: 0.0}
-    assert flag((), (wrong_NK,)) == flag((right_NK,), ()) == {}
-
-
-def test_a_diagnosis_looks_at_the_model_in_earnest(plan, place):
-    """Without a planted part: all flags of one artefact, with evidence, at the radius and on the test images."""
-    cell, (linf, _) = plan.cells[0], specs_of(plan)
-    row = diagnose_job(place, cell, linf, diagnostics_key(plan, cell, linf), Tried(np.zeros((12, 2)), (), ()))
-    names = [m.metric for m in row.measurements]
-    assert len(names) == len(set(names)) == 10 and all(name.startswith("flag_") for name in names)
-    assert all(m.reason and m.value in (0.0, 1.0) and m.radius == linf.radius == 8 / 255 for m in row.measurements)
-    assert all(0 < m.n <= 12 for m in row.measurements) and not row.outcomes
-    again = diagnose_job(place, cell, linf, row.key, Tried(np.zeros((12, 2)), (), ()))
-    assert again.measurements == row.measurements
+    name = "flag_black_box_beats_white_box"
+    alone = flags((right_NK,), (right_NK,))
+    assert len(alone) == 10 and all(metric.startswith("flag_") for metric in alone) and alone[name] == 0
+    assert flags((right_NK,), (right_NK, wrong_NK)) == {**alone, name: 1}
+    assert flags((wrong_NK,), (wrong_NK,)) == alone  # the study's white box broke them too
 
 
 def test_what_is_diagnosed_is_listed_like_any_other_evaluation(plan, folder):
-    linf, l2 = specs_of(plan)
+    specs = specs_of(plan)
     with Store(folder, write=True) as store:
-        store.add_evaluations([planted(plan, cell, spec) for cell in plan.cells for spec in (linf, l2)])
+        store.add_evaluations([planted(plan, cell, spec) for cell in plan.cells for spec in specs])
         results = assemble(plan, store, "", "")
     shown = [e for e in results.evaluated if e.kind == "diagnostics"]
-    assert [e.evaluation for e in shown] == [linf.label, l2.label] * 2
+    assert [e.evaluation for e in shown] == [spec.label for spec in specs] * 2
     assert all(m.metric == "flag_constant" and m.value == 0 for e in shown for m in e.measurements)
-    assert {type(spec) for spec in plan.evaluations} >= {Diagnostics, AllAtOnce}

@@ -64,10 +64,10 @@ def test_a_new_evaluation_trains_nothing(finished, roots, tmp_path):
     folder = copied(finished, tmp_path)
     more = write_study(tmp_path, TINY + '\n[[evaluations]]\nkind = "fgsm"\nradius = "2/255"\n')
     shown = run_plan(plan_of(more), folder, roots)
-    assert "attacking: 4 jobs" in shown
+    assert "attacking: 4 jobs" in shown and "diagnosing: 4 jobs" in shown
     assert not any(stage in shown for stage in ("training:", "compressing:", "clean metrics:", "latency:"))
     before, after = rows_of(finished), rows_of(folder)
-    assert len(after["evaluations"]) == len(before["evaluations"]) + 4
+    assert len(after["evaluations"]) == len(before["evaluations"]) + 4 + 4
     assert [row for row in after["measurements"] if row in before["measurements"]] == before["measurements"]
 
 

@@ -35,6 +35,10 @@ kind = "clean"
 kind = "pgd"
 radii = ["4/255"]
 steps = 3
+[[evaluations]]
+kind = "diagnostics"
+radius = "4/255"
+num_images = 32
 """
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.tiny_study import SMALLEST, TINY, plan_of, write_study
+from trilemma.attacks.budget import Budget
 from trilemma.errors import UserError
 from trilemma.evaluation.specs import Diagnostics
 from trilemma.federation.specs import TrainSpec
@@ -71,60 +72,57 @@ def test_what_all_at_once_is_made_of_is_evaluated_too(tmp_path):
     ("evaluations", "diagnosed"),
     [
         ('{kind="clean"},{kind="cost"}', []),
-        ('{kind="pgd",radii=["2/255","8/255"]},{kind="fgsm",radius="4/255"}', [("linf", 8 / 255)]),
-        ('{kind="fgsm",radius="4/255"},{kind="pgd",radii=["2/255","8/255"]}', [("linf", 8 / 255)]),
-        ('{kind="pgd",norm="l2",radii=[0.5,1.0]}', [("l2", 1.0)]),
-        ('{kind="carlini_wagner",radius=2},{kind="autoattack",radius=0.1}', [("linf", 0.1), ("l2", 2.0)]),
+        ('{kind="pgd",radii=["2/255","8/255"]},{kind="fgsm",radius="4/255"}',
+         [("linf", 2 / 255), ("linf", 8 / 255), ("linf", 4 / 255)]),
+        ('{kind="fgsm",radius=0.1},{kind="pgd",radii=[0.1,0.2]}', [("linf", 0.1), ("linf", 0.2)]),
+        ('{kind="pgd",norm="l2",radii=[0.5,1.0]}', [("l2", 0.5), ("l2", 1.0)]),
+        ('{kind="carlini_wagner",radius=0.1},{kind="autoattack",radius=0.1}', [("l2", 0.1), ("linf", 0.1)]),
         ('{kind="square",radius=0.1}', [("linf", 0.1)]),
-        ('{kind="transfer",attack={kind="mifgsm",norm="l2",radii=[1,3]}}', [("l2", 3.0)]),
+        ('{kind="transfer",attack={kind="mifgsm",norm="l2",radii=[1,3]}}', [("l2", 1.0), ("l2", 3.0)]),
         ('{kind="all_at_once",attacks=[{kind="fgsm",radius=0.2},{kind="transfer",radius=0.2}]}', [("linf", 0.2)]),
-        ('{kind="pgd",radius=0.1},{kind="diagnostics",radius=0.05,num_images=32}', [("linf", 0.05)]),
-        ('{kind="diagnostics",radius=0.05},{kind="pgd",norm="l2",radius=1}', [("linf", 0.05), ("l2", 1.0)]),
+        # What the file names stands in for that of its norm and radius, and for no other.
+        ('{kind="pgd",radius=0.1},{kind="diagnostics",radius=0.1,num_images=32}', [("linf", 0.1)]),
+        ('{kind="pgd",radii=[0.1,0.2]},{kind="diagnostics",radius=0.1}', [("linf", 0.1), ("linf", 0.2)]),
+        ('{kind="diagnostics",radius=0.1},{kind="pgd",norm="l2",radius=0.1}', [("linf", 0.1), ("l2", 0.1)]),
         ('{kind="diagnostics",radius=0.05},{kind="diagnostics",radius=0.1}', [("linf", 0.05), ("linf", 0.1)]),
     ],
-)
-def test_every_norm_that_is_attacked_is_diagnosed_at_its_largest_radius(tmp_path, evaluations, diagnosed):
-    """Unless the file names diagnostics of that norm itself: those stand in their place."""
+)  # fmt: skip
+def test_every_budget_that_is_attacked_is_diagnosed(tmp_path, evaluations, diagnosed):
     plan = plan_of(write_study(tmp_path), f"evaluations=[{evaluations}]")
     found = [spec for spec in plan.evaluations if isinstance(spec, Diagnostics)]
     assert [(spec.norm, spec.radius) for spec in found] == diagnosed
-    assert [spec.num_images for spec in found if "num_images=32" in evaluations] == [32] * ("32" in evaluations)
+    assert [spec.num_images for spec in found] == [32 if "num_images=32" in evaluations else 256] * len(found)
 
 
-FGSM, TRANSFER, MIFGSM = (
+FGSM, SQUARE, TRANSFER, MIFGSM = (
     '{kind="fgsm",radius="8/255"}',
+    '{kind="square",radius="8/255"}',
     '{kind="transfer",radius="8/255"}',
     '{kind="transfer",attack={kind="mifgsm",radius="8/255"}}',
 )
 
 
 def test_diagnostics_with_other_evidence_are_others(tmp_path):
-    """What a study tried at the diagnosed budget is part of what the diagnosis says."""
+    """What a study tried within the diagnosed budget is part of what the diagnosis says."""
     study, base = write_study(tmp_path), '{kind="clean"},{kind="pgd",radii=["4/255","8/255"],steps=2}'
 
     def of(*more: str, grid: str = ""):
         overrides = [f"evaluations=[{','.join([base, *more])}]", *([f"grid.defence=[{grid}]"] if grid else [])]
         plan = plan_of(study, *overrides)
-        (spec,) = (s for s in plan.evaluations if isinstance(s, Diagnostics))
-        assert spec.radius == 8 / 255
+        (spec,) = (s for s in plan.evaluations if isinstance(s, Diagnostics) and s.budget == Budget("linf", 8 / 255))
         return diagnostics_key(plan, plan.cells[0], spec), *evidence_keys(plan, plan.cells[0], spec)
 
     wide = '{kind="none"},{kind="fgsm",radius="4/255"},{kind="pgd"}'
-    found = [of(), of(FGSM), of(TRANSFER), of(MIFGSM), of(TRANSFER, grid=wide), of(FGSM, TRANSFER)]
+    found = [of(), of(FGSM), of(SQUARE), of(TRANSFER), of(MIFGSM), of(TRANSFER, grid=wide), of(FGSM, SQUARE, TRANSFER)]
     assert len({key for key, *_ in found}) == len(found)
-    # White box: PGD and FGSM. Transferred: two artefacts of another training, or four of two; never the own one.
-    assert [(len(white), len(transferred)) for _, white, transferred in found] == [
-        (1, 0), (2, 0), (1, 2), (1, 2), (1, 4), (2, 2),
+    # With gradients: PGD and FGSM. Without: Square, and what comes from two artefacts of another training, or four of
+    # two; never from the own one.
+    assert [(len(white), len(elsewhere)) for _, white, elsewhere in found] == [
+        (1, 0), (2, 0), (1, 1), (1, 2), (1, 2), (1, 4), (2, 3),
     ]  # fmt: skip
-    # What says nothing about gradients at that budget is no evidence.
-    others = ('{kind="square",radius="8/255"}', '{kind="fgsm",radius="2/255"}', '{kind="pgd",norm="l2",radius=0.01}')
-    for other in (*others[:2], '{kind="cost"}'):
+    # What was not tried within that budget is no evidence.
+    for other in ('{kind="fgsm",radius="2/255"}', f'{{kind="pgd",norm="l2",radius={8 / 255}}}', '{kind="cost"}'):
         assert of(other) == of()
-    plan = plan_of(study, f"evaluations=[{base},{others[2]}]")
-    linf, l2 = (s for s in plan.evaluations if isinstance(s, Diagnostics))
-    assert (
-        evidence_keys(plan, plan.cells[0], linf)[0] == of()[1] and len(evidence_keys(plan, plan.cells[0], l2)[0]) == 1
-    )
 
 
 SPEC = {

@@ -25,10 +25,11 @@ al. (2020).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binom
 
 from trilemma.attacks.budget import Budget
@@ -44,6 +45,8 @@ LEVEL = 0.01
 #: Share of images on which two attacks, or a model and its twin, may differ for no reason that matters.
 TOLERANCE = 0.01
 _ROUNDING = 1e-4
+#: What the metric of every flag begins with.
+FLAG = "flag_"
 
 
 class Flag(NamedTuple):
@@ -70,10 +73,32 @@ class Flag(NamedTuple):
     radius: float
 
 
-def diagnose(target: Target, test: Records, budget: Budget, seed: int, *, num_images: int = 256) -> list[Flag]:
-    """Returns all flags of one model within one budget, raised or not; none without a test record.
+class Tried(NamedTuple):
+    """What else was tried on a model within the budget: logits on the whole test split, one array for each attack.
 
-    Cost: see `evidence.gather`.
+    Attributes:
+        white: Under attacks that follow its gradients.
+        elsewhere: Under black boxes, and on images made on other models.
+    """
+
+    white: tuple[Floats, ...] = ()
+    elsewhere: tuple[Floats, ...] = ()
+
+
+#: The diagnostics stand alone.
+NOTHING_ELSE = Tried()
+
+
+def diagnose(
+    target: Target,
+    test: Records,
+    budget: Budget,
+    seed: int,
+    *,
+    num_images: int = 256,
+    tried: Tried = NOTHING_ELSE,
+) -> list[Flag]:
+    """Returns all flags of one model within one budget, raised or not; none without a test record.
 
     Args:
         target: The model as it ships, its twin and its surrogates.
@@ -81,11 +106,27 @@ def diagnose(target: Target, test: Records, budget: Budget, seed: int, *, num_im
         budget: The ball in which robustness is claimed.
         seed: Seed of the sample and of the attacks.
         num_images: Images that are looked at, at most; one of each patient, drawn without regard to their labels.
+        tried: What else was tried within this budget, as further evidence.
     """
     if budget.radius <= 0:
         raise ValueError(f"diagnostics need a radius above 0, not {budget.radius:g}")
-    records = independent_sample(test, num_images, seed)
-    return judged(gather(target, records, budget, seed)) if len(records) else []
+    positions_M = independent_sample(test, num_images, seed)
+    if not len(positions_M):
+        return []
+    evidence = gather(target, test.subset(positions_M), budget, seed)
+    if tried.elsewhere:
+        elsewhere_M = _any_errs(evidence, tried.elsewhere, positions_M)
+        missed_M = elsewhere_M & ~evidence.white_N & ~_any_errs(evidence, tried.white, positions_M)
+        evidence = evidence._replace(black_boxes=evidence.black_boxes | {"what else was tried": missed_M})
+    return judged(evidence)
+
+
+def _any_errs(evidence: Evidence, logits: Sequence[Floats], positions_M: Integers) -> NDArray[np.bool_]:
+    """Returns on which of the evidence's images the model errs under any of some attacks on the whole split."""
+    found_M = np.zeros(len(positions_M), dtype=bool)
+    for logits_NK in logits:
+        found_M |= evidence.errors(logits_NK[positions_M])
+    return found_M
 
 
 def judged(evidence: Evidence) -> list[Flag]:
@@ -108,19 +149,20 @@ def diagnostic_measurements(flags: Sequence[Flag]) -> list[Measurement]:
     """Returns a measurement per flag: 1 where it is raised, else 0, with the evidence as the reason."""
     return [
         Measurement(
-            f"flag_{flag.name}", float(flag.raised), n=flag.n, unit="count", reason=flag.evidence, radius=flag.radius
+            f"{FLAG}{flag.name}", float(flag.raised), n=flag.n, unit="count", reason=flag.evidence, radius=flag.radius
         )
         for flag in flags
     ]
 
 
-def withheld(flags: Sequence[Flag]) -> str:
-    """Returns why a robust accuracy must not be reported, or "" where it may.
+def withheld(measurements: Iterable[Measurement]) -> str:
+    """Returns why robust accuracies must not be reported, from the measurements of some flags, or "" where they may.
 
     Every flag withholds. `logit_scaling` alone would leave an accuracy under margin losses as it is, but whoever
     repeats the study with the usual cross entropy measures another one, so that it withholds too.
     """
-    return "; ".join(f"{flag.name}: {flag.evidence}" for flag in flags if flag.raised)
+    raised = [m for m in measurements if m.metric.startswith(FLAG) and m.value]
+    return "; ".join(f"{m.metric.removeprefix(FLAG)}: {m.reason}" for m in raised)
 
 
 def zero_gradient(evidence: Evidence) -> Flag:
@@ -148,7 +190,8 @@ def fgsm_beats_pgd(evidence: Evidence) -> Flag:
 def black_box_beats_white_box(evidence: Evidence) -> Flag:
     """Raised where an attack without this model's gradients breaks more than a point of images that PGD leaves.
 
-    The black boxes are Square on the answers of the model that ships, and the images of surrogates.
+    The black boxes are Square on the answers of the model that ships, the images of surrogates, and what else was tried
+    without the model's gradients.
     """
     counts = {name: int(errors_N.sum()) for name, errors_N in evidence.black_boxes.items()}
     count = int(np.any(list(evidence.black_boxes.values()), axis=0).sum())
@@ -292,29 +335,6 @@ def twin_disagrees(evidence: Evidence) -> Flag:
     )
     raised = _above(either, n) or _above(far, m)
     return _flag(evidence, "twin_disagrees", raised, either, n, seen, "attacks on the twin say little about the model")
-
-
-def transfer_beats_white_box(
-    white_NK: Floats, transferred_NK: Floats, labels_N: Integers, units_N: Integers, radius: float
-) -> Flag:
-    """Raised where other trainings' images break more than a point of patients that a study's white box leaves.
-
-    Args:
-        white_NK: The shipped model's logits under the study's white-box attacks, image by image the worst.
-        transferred_NK: The same on images made on other trainings.
-        labels_N: True classes.
-        units_N: The patient of every record; one counts where any of its images is concerned.
-        radius: The attacks' radius, in pixel units.
-    """
-    missed_N = (predictions(transferred_NK) != labels_N) & (predictions(white_NK) == labels_N)
-    count, n = len(np.unique(units_N[missed_N])), len(np.unique(units_N))
-    probability = float(binom.sf(count - 1, n, TOLERANCE))
-    seen = f"images of other trainings break {count} of {n} patients' that the white box leaves ({_p(probability)})"
-    meaning = ": whoever does not know the gradients does better than who knows them"
-    raised = _above(count, n)
-    low, high = wilson(count, n)
-    evidence = seen + meaning if raised else seen
-    return Flag("transfer_beats_white_box", raised, evidence, count / n, low, high, n, radius)
 
 
 def _beyond_a_point(evidence: Evidence, name: str, count: int, n: int, seen: str, meaning: str) -> Flag:

@@ -91,7 +91,8 @@ class Evidence(NamedTuple):
         unscaled_N: Errors on these under PGD on the cross entropy again, from the same starts as with rescaled logits.
         margin_N: Errors under PGD-20 on the margin, on the images that PGD-20 on the cross entropy left.
         longer_N: Errors under twice the white box's steps and restarts, on at most 32 of the nearest.
-        black_boxes: Name of a black box -> errors under it, on the nearest.
+        black_boxes: Name of a black box -> errors under it where the white box leaves the image: on the nearest, and of
+            what else was tried on the model on all images.
         smaller_N: Errors under PGD-20 on the margin within half the radius, on the nearest.
         larger_stands_N: Images, right when clean, that PGD-20 breaks within the radius and not within twice the radius.
         num_larger: Images on which that was tried.
@@ -135,11 +136,11 @@ class Evidence(NamedTuple):
         return self.errors(self.white_NK)
 
 
-def independent_sample(test: Records, num_images: int, seed: int) -> Records:
-    """Returns at most `num_images` records, one of each patient, drawn without regard to labels."""
+def independent_sample(test: Records, num_images: int, seed: int) -> NDArray[np.integer]:
+    """Returns the positions of at most `num_images` records, one of each patient, drawn without regard to labels."""
     order_N = numpy_generator(seed, "diagnosed images").permutation(len(test))
     _, first_U = np.unique(test.units()[order_N], return_index=True)
-    return test.subset(np.sort(order_N[np.sort(first_U)[:num_images]]))
+    return np.sort(order_N[np.sort(first_U)[:num_images]])
 
 
 def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evidence:

@@ -67,7 +67,9 @@ class Transfer(Spec):
         unknown = fields.keys() - Pgd.model_fields.keys() - {"radius"}
         if unknown:
             valid = ", ".join(name for name in Pgd.model_fields if name != "kind")
-            raise ValueError(f"unknown field {', '.join(sorted(unknown))}; valid are attack, or those of 'pgd': {valid}")
+            raise ValueError(
+                f"unknown field {', '.join(sorted(unknown))}; valid are attack, or those of 'pgd': {valid}"
+            )
         return {"kind": "transfer", "attack": {"kind": "pgd"} | fields}
 
     @property
@@ -135,7 +137,8 @@ class AllAtOnce(Spec):
 class Diagnostics(Spec):
     """Looks for robustness that is not there: each sign of it is a flag, and a flag withholds robust accuracies.
 
-    A study that attacks has one for each norm, at the largest radius, whether its file names one or not.
+    A study that attacks has one for every norm and radius, whether its file names one or not; what a file names stands
+    in for that of its norm and radius alone.
 
     Attributes:
         norm: "linf" or "l2".

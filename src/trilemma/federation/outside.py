@@ -49,6 +49,7 @@ def outside_phrases(
             f"the {synthetic}images of {pretraining.data.label}, on which the initial weights were trained: they are "
             "taken for public and not protected"
         )
+    phrases += _of_choices(federation)
     if privacy.unit == "client":
         phrases.append(
             "which hospitals took part in which round: the server must keep it secret, and with it what tells of it, "
@@ -60,6 +61,17 @@ def outside_phrases(
     if isinstance(federation.spec.algorithm, FedAvg) and isinstance(federation.spec.algorithm.weights, tuple):
         phrases.append("the weights of the hospitals, which must not have been chosen by looking at private images")
     return tuple(phrases)
+
+
+def _of_choices(federation: Federation) -> list[str]:
+    """Returns what was chosen by something else than the private steps."""
+    spec, phrases = federation.spec, []
+    if spec.local.class_shares is not None:
+        shares = ", ".join(f"{share:g}" for share in spec.local.class_shares)
+        phrases.append(f"the class shares {shares}, which must be public and not counted in private images")
+    if spec.early_stopping is not None:
+        phrases.append("which round's model it is, chosen by images that are taken for public and not protected")
+    return phrases
 
 
 def _curves(privacy: DpSgd) -> str:

@@ -15,7 +15,7 @@ from trilemma.report.flags import Flag, flags_of
 from trilemma.results import Artefact, DataFacts, Evaluated, Results, Run
 
 #: Fields of a training that a study may tune per configuration without changing what is compared.
-_TUNING = frozenset({"local", "rounds", "server", "aggregation"})
+_TUNING = frozenset({"local", "rounds", "server", "aggregation", "averaging", "pretraining", "early_stopping"})
 
 #: Label of a model as it was trained.
 UNCOMPRESSED = "fp32"

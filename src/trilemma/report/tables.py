@@ -226,7 +226,7 @@ def training_table(results: Results) -> Html:
         ]
         body.append(tag("tr", tag("th", run.configuration, scope="row"), *(tag("td", cell) for cell in cells)))
     titles = ["Configuration", "seed", "rounds", "validation accuracy", "loss", "time", "peak memory", "parameters"]
-    caption = "Every training at its last round."
+    caption = "Every training at its last round, whose model it is unless averaging or early stopping chose another."
     if any(run.seconds is None for run in results.runs):
         caption += f" Time and memory are not told where {TIME_IS_SECRET}."
     return table(caption, [header(titles)], body)

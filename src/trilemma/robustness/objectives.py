@@ -48,7 +48,8 @@ def adjusted(objective: Objective, class_shares: Sequence[float]) -> Objective:
     """Returns an objective whose logits are raised by the logarithm of how frequent each class is.
 
     A model trained so answers as if all classes were equally frequent, whatever they are in its training images. Each
-    record's loss still hangs on that record alone; the shares must be public where privacy is promised.
+    record's loss still hangs on that record alone; the shares must be public where privacy is promised. Images are
+    attacked as the model answers, without the shares: with two classes that makes no difference to a step's direction.
 
     References: Menon et al. (2021), equation 10, with their tau of 1.
 

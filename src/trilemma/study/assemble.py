@@ -1,8 +1,10 @@
 """From the store to what a report reads: the results of one study, and what is missing of it."""
 
-from collections.abc import Iterable
+from typing import Any
 
+from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.attack import Attack
+from trilemma.evaluation.diagnostics import withheld
 from trilemma.evaluation.estimates import undefined
 from trilemma.evaluation.measurement import Measurement, on_split
 from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
@@ -70,13 +72,18 @@ def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
         varied=training.varied,
         seed=training.spec.seed,
         spec=row.spec,
-        history=row.history,
+        history=[_without_looks(of_round) for of_round in row.history],
         guarantee=row.guarantee,
         provenance=row.provenance,
         seconds=None if secret else row.seconds,
         peak_memory_bytes=None if secret else row.peak_memory_bytes,
         num_parameters=row.num_parameters,
     )
+
+
+def _without_looks(of_round: dict[str, Any]) -> dict[str, Any]:
+    """Returns a round of the history without its robust accuracies: they chose a round, and nobody diagnosed them."""
+    return {name: value for name, value in of_round.items() if not name.startswith("robust_val_")}
 
 
 def _place(cell: Cell) -> str:
@@ -105,8 +112,9 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
         if not rows and not measurements:
             continue
         measurements += tuple(measurement for row in rows for measurement in row.measurements)
-        if isinstance(spec, (Attack, Transfer, AllAtOnce)) and (doubt := doubts.get(spec.norm, "")):
-            measurements = tuple(_withheld(measurement, doubt) for measurement in measurements)
+        if isinstance(spec, (Attack, Transfer, AllAtOnce)):
+            within = {budget.radius: doubts[budget] for budget in spec.budgets}
+            measurements = tuple(_withheld(measurement, within) for measurement in measurements)
         seconds = sum(row.seconds for row in rows)
         label = str(rows[0].spec["label"]) if rows and isinstance(spec, Attack) else spec.label
         shown = Evaluated(cell.key, label, spec.kind, measurements, seconds)
@@ -120,25 +128,21 @@ def _keys(plan: Plan, cell: Cell, spec: EvaluationSpec) -> list[str]:
     return known + (pair_keys(plan, cell, spec) if isinstance(spec, Transfer) else [])
 
 
-def _doubts(plan: Plan, cell: Cell, store: Store) -> dict[str, str]:
-    """Returns norm -> why robust accuracies in it are withheld: a raised flag, or diagnostics that were not made."""
+def _doubts(plan: Plan, cell: Cell, store: Store) -> dict[Budget, str]:
+    """Returns why robustness within each budget is withheld: raised flags, or diagnostics that were not made; or ""."""
     doubts = {}
     for spec in plan.evaluations:
         if isinstance(spec, Diagnostics):
             row = store.evaluation(diagnostics_key(plan, cell, spec))
-            doubt = _raised(row.measurements) if row else NOT_DIAGNOSED
-            doubts[spec.norm] = "; ".join(filter(None, (doubts.get(spec.norm), doubt)))
+            doubt = withheld(row.measurements) if row else NOT_DIAGNOSED
+            doubts[spec.budget] = "; ".join(filter(None, (doubts.get(spec.budget), doubt)))
     return doubts
 
 
-def _raised(measurements: Iterable[Measurement]) -> str:
-    """Returns the raised flags among some diagnostics with their evidence, or "" without one."""
-    raised = [m for m in measurements if m.metric.startswith("flag_") and m.value]
-    return "; ".join(f"{m.metric.removeprefix('flag_')}: {m.reason}" for m in raised)
-
-
-def _withheld(measurement: Measurement, doubt: str) -> Measurement:
-    if measurement.value is None:
+def _withheld(measurement: Measurement, doubts: dict[float, str]) -> Measurement:
+    """Returns a measurement under attack without its value where there is a doubt at its radius."""
+    doubt = doubts.get(measurement.radius, "") if measurement.radius is not None else ""
+    if measurement.value is None or not doubt:
         return measurement
     return measurement._replace(value=None, low=None, high=None, status="withheld", reason=doubt)
 

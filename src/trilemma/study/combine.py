@@ -72,17 +72,19 @@ def part_keys(plan: Plan, cell: Cell, spec: EvasionSpec | Transfer | AllAtOnce) 
 
 
 def evidence_keys(plan: Plan, cell: Cell, spec: Diagnostics) -> tuple[list[str], list[str]]:
-    """Returns the keys of what the study tried on an artefact at the diagnosed budget: white box, and transferred."""
-    at = [s for s in plan.evaluations if isinstance(s, (Attack, Transfer)) and spec.budget in s.budgets]
-    white = [evaluation_key(cell.key, attack) for attack in at if isinstance(attack, Attack) and attack.sees_gradients]
-    transferred = [key for attack in at if isinstance(attack, Transfer) for key in part_keys(plan, cell, attack)]
-    return white, transferred
+    """Returns the keys of what the study tried on an artefact within a budget, with its gradients and without them."""
+    within = [s for s in plan.evaluations if isinstance(s, (Attack, Transfer)) and spec.budget in s.budgets]
+    direct = [attack for attack in within if isinstance(attack, Attack)]
+    white = [evaluation_key(cell.key, attack) for attack in direct if attack.sees_gradients]
+    black = [evaluation_key(cell.key, attack) for attack in direct if not attack.sees_gradients]
+    transfers = [key for attack in within if isinstance(attack, Transfer) for key in part_keys(plan, cell, attack)]
+    return white, black + transfers
 
 
 def diagnostics_key(plan: Plan, cell: Cell, spec: Diagnostics) -> str:
     """Returns the key of the diagnostics of an artefact; with other evidence it is another one."""
-    white, transferred = evidence_keys(plan, cell, spec)
-    return evaluation_key(cell.key, spec, white + transferred)
+    white, elsewhere = evidence_keys(plan, cell, spec)
+    return evaluation_key(cell.key, spec, white + elsewhere)
 
 
 def key_of(plan: Plan, cell: Cell, spec: EvaluationSpec) -> str:

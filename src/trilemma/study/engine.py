@@ -15,10 +15,11 @@ import numpy as np
 from trilemma.attacks.evasion.attack import Attack
 from trilemma.attacks.evasion.specs import EvasionSpec
 from trilemma.errors import TrilemmaError
+from trilemma.evaluation.diagnostics import Tried
 from trilemma.evaluation.specs import Clean, Cost, Diagnostics, Transfer
 from trilemma.study.combine import combine, diagnostics_key, evidence_keys, undefined_evaluations
 from trilemma.study.compress_job import compress_job
-from trilemma.study.diagnose_job import Tried, diagnose_job
+from trilemma.study.diagnose_job import diagnose_job
 from trilemma.study.evaluate_job import AttackTask, attack_job, clean_job, cost_job
 from trilemma.study.facts import preflight
 from trilemma.study.keys import evaluation_key
@@ -152,17 +153,20 @@ class Engine:
         wanted = [spec for spec in self.plan.evaluations if isinstance(spec, Diagnostics)]
         for spec, cell in product(wanted, self._ready()):
             key = diagnostics_key(self.plan, cell, spec)
-            white, transferred = evidence_keys(self.plan, cell, spec)
-            if key not in done and {*white, *transferred, evaluation_key(cell.key, Clean())} <= done:
-                tried = Tried(
-                    self._logits([evaluation_key(cell.key, Clean())], None)[0],
-                    self._logits(white, spec.radius),
-                    self._logits(transferred, spec.radius),
+            white, elsewhere = evidence_keys(self.plan, cell, spec)
+            if key not in done and {*white, *elsewhere} <= done:
+                tried = Tried(self._logits(white, spec.radius), self._logits(elsewhere, spec.radius))
+                jobs.append(
+                    Job(
+                        _title(f"diagnose at {spec.budget.label}", cell),
+                        cell.key,
+                        diagnose_job,
+                        (cell, spec, key, tried),
+                    )
                 )
-                jobs.append(Job(_title("diagnose", cell), cell.key, diagnose_job, (cell, spec, key, tried)))
         return jobs
 
-    def _logits(self, keys: list[str], radius: float | None) -> tuple[np.ndarray, ...]:
+    def _logits(self, keys: list[str], radius: float) -> tuple[np.ndarray, ...]:
         outcomes = [outcome for key in keys for outcome in self.store.outcomes(key)]
         return tuple(outcome.logits_NK for outcome in outcomes if outcome.radius == radius)
 

@@ -2,15 +2,19 @@
 
 from typing import Any
 
+from trilemma.attacks.evasion.attack import Attack
 from trilemma.data.records import Dataset
 from trilemma.data.specs import DataSpec
 from trilemma.data.summary import client_rows
 from trilemma.errors import Failure, UserError
 from trilemma.evaluation.metrics import majority_class
+from trilemma.evaluation.specs import Transfer
 from trilemma.federation.early_stopping import looks_at_public
 from trilemma.federation.pretraining import refuse_unfit
+from trilemma.federation.specs import TrainSpec
 from trilemma.federation.training import prepare
 from trilemma.results import DataFacts
+from trilemma.robustness.specs import AdversarialTraining
 from trilemma.spec import content_key
 from trilemma.study.plan import Cell, Plan, Training
 from trilemma.study.store import Store
@@ -42,7 +46,10 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
         UserError: If data, model and settings do not go together.
     """
     for training in plan.trainings:
-        prepare(training.spec, place.dataset(training.spec.data), place.torch_device)
+        dataset = place.dataset(training.spec.data)
+        prepare(training.spec, dataset, place.torch_device)
+        for attack in (*_evaluated_attacks(plan), *_training_attacks(training.spec)):
+            attack.check(len(dataset.classes))
     for cell in plan.cells:
         _refuse_calibration_on_measured(cell)
     uses = dict.fromkeys(
@@ -50,6 +57,20 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
     )
     for data, public, looked_at in uses:
         refuse_unfit(place.dataset(data), public.load(place.roots), looked_at)
+
+
+def _evaluated_attacks(plan: Plan) -> list[Attack]:
+    """Returns the attacks that are made on finished models."""
+    made = [spec.attack if isinstance(spec, Transfer) else spec for spec in plan.evaluations]
+    return [spec for spec in made if isinstance(spec, Attack)]
+
+
+def _training_attacks(spec: TrainSpec) -> list[Attack]:
+    """Returns the attacks that are made while a model is trained."""
+    defences = [spec.defence, *([spec.pretraining.defence] if spec.pretraining else [])]
+    attacks: list[Attack] = [defence.attack for defence in defences if isinstance(defence, AdversarialTraining)]
+    looks = spec.early_stopping.attack if spec.early_stopping else None
+    return attacks + ([looks] if looks is not None else [])
 
 
 def _refuse_calibration_on_measured(cell: Cell) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from trilemma.attacks.budget import Norm
 from trilemma.attacks.evasion.attack import Attack
 from trilemma.compression.specs import CompressionSpec
 from trilemma.errors import UserError
@@ -64,7 +63,7 @@ class Plan:
         study: The study.
         trainings: In the file's order, seeds innermost; none twice.
         cells: Every training with every compression.
-        evaluations: Those of the file, those that an `all_at_once` is made of, and diagnostics for every norm attacked.
+        evaluations: Those of the file, those that an `all_at_once` is made of, and diagnostics for all budgets.
     """
 
     study: Study
@@ -119,16 +118,11 @@ def make_plan(study: Study, where: str) -> Plan:
 
 
 def _diagnostics(evaluations: tuple[EvaluationSpec, ...]) -> list[Diagnostics]:
-    """Returns what looks for robustness that is not there, for every norm that is attacked and has none yet."""
-    attacks = [spec for spec in evaluations if isinstance(spec, (Attack, Transfer))]
-    named = {spec.norm for spec in evaluations if isinstance(spec, Diagnostics)}
-    norms: tuple[Norm, ...] = ("linf", "l2")
-    found = []
-    for norm in norms:
-        radii = [spec.radii[-1] for spec in attacks if spec.norm == norm]
-        if radii and norm not in named:
-            found.append(Diagnostics(norm=norm, radius=max(radii)))
-    return found
+    """Returns what looks for robustness that is not there, for every budget that is attacked and has none yet."""
+    named = {spec.budget for spec in evaluations if isinstance(spec, Diagnostics)}
+    attacked = [budget for spec in evaluations if isinstance(spec, (Attack, Transfer)) for budget in spec.budgets]
+    wanted = [budget for budget in dict.fromkeys(attacked) if budget not in named]
+    return [Diagnostics(norm=budget.norm, radius=budget.radius) for budget in wanted]
 
 
 def without_guarantee(plan: Plan) -> list[str]:

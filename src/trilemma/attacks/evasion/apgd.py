@@ -74,7 +74,7 @@ def apgd(
     Raises:
         UserError: The loss needs more classes than there are, or aims at no class.
     """
-    _check(loss, num_targets, classifier.num_classes)
+    check_classes(loss, num_targets, classifier.num_classes)
     if budget.radius == 0 or len(x_BCHW) == 0:
         return x_BCHW.clone()
     order = _UNTARGETED[loss] if num_targets is None else margin
@@ -222,7 +222,12 @@ def _climbed_losses(
     return [towards(target_B) for target_B in targets_BT.unbind(1)]
 
 
-def _check(loss: ApgdLoss, num_targets: int | None, num_classes: int) -> None:
+def check_classes(loss: ApgdLoss, num_targets: int | None, num_classes: int) -> None:
+    """Refuses a loss that needs more classes than there are, or that aims at no class.
+
+    Raises:
+        UserError: Naming the loss that would do.
+    """
     if loss == "dlr":
         needed, form = (3, "") if num_targets is None else (4, "targeted ")
         if num_classes < needed:

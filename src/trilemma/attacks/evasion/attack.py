@@ -84,6 +84,13 @@ class Attack(Spec, ABC):
         """Returns the full-budget attack on the margin whose images give the AUROC under attack, or None."""
         return None
 
+    def check(self, num_classes: int) -> None:
+        """Refuses a number of classes for which the attack does not exist.
+
+        Raises:
+            UserError: Naming the classes and what to use.
+        """
+
     @property
     @abstractmethod
     def method(self) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trilemma.attacks.budget import Norm
-from trilemma.attacks.evasion.apgd import ApgdLoss, apgd
+from trilemma.attacks.evasion.apgd import ApgdLoss, apgd, check_classes
 from trilemma.attacks.evasion.attack import NORM_LABELS, Attack
 from trilemma.attacks.evasion.autoattack import Effort, autoattack, variant
 from trilemma.attacks.evasion.carlini_wagner import carlini_wagner
@@ -141,6 +141,14 @@ class Apgd(Attack):
         if self.num_targets is not None and self.loss == "cross_entropy":
             raise ValueError('num_targets needs loss = "margin" or "dlr"; the cross entropy aims at no class')
         return self
+
+    def check(self, num_classes: int) -> None:
+        """Refuses a DLR with too few classes.
+
+        Raises:
+            UserError: Naming the loss that would do.
+        """
+        check_classes(self.loss, self.num_targets, num_classes)
 
     @property
     def method(self) -> str:
