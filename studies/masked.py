@@ -227,7 +227,7 @@ def main() -> None:
     start = time.process_time()
     torch.set_num_threads(1)
     dataset = Medmnist(name="pneumoniamnist", size=SIZE).load(default_roots())
-    records = independent_sample(dataset.test, IMAGES, SEED)
+    records = dataset.test.subset(independent_sample(dataset.test, IMAGES, SEED))
     plain = train(NoDefence(), dataset.train, epochs=5)
     robust = train(FgsmTraining(radius=BUDGET.radius, warmup=0.3), dataset.train, epochs=8)
     rows: dict[str, list[Row]] = {"honest": [], "fake": []}
