@@ -7,7 +7,7 @@ from reference.naive_evasion import pgd_one
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.fgsm import fgsm
 from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
-from trilemma.attacks.evasion.geometry import random_start
+from trilemma.attacks.evasion.geometry import project, random_start
 from trilemma.attacks.evasion.losses import cross_entropy, margin
 from trilemma.attacks.evasion.pgd import climb, pgd
 from trilemma.models.classifier import Classifier
@@ -253,3 +253,27 @@ def test_an_image_is_broken_when_the_model_that_ships_says_so(trained):
     for_shipped = pgd(classifier, x, y, budget, generator(), steps=20, answers=stubborn)
     broken = [(stubborn(x_adv).argmax(1) != y).float().mean() for x_adv in (for_twin, for_shipped)]
     assert broken[1] > broken[0]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_momentum_goes_the_way_of_mifgsm_from_a_random_start(trained, norm):
+    """Dong et al., Algorithm 1, from the start that `pgd` draws; every image of the way competes, the clean one too."""
+    classifier, x, y = trained
+    budget = Budget(norm, 0.1 if norm == "linf" else 0.8)
+    found = pgd(classifier, x, y, budget, generator(), steps=4, step_size=0.3, momentum=0.7, stop=False)
+    at, moving, points = random_start(x, budget, generator()), torch.zeros_like(x), [x]
+    with frozen(classifier):
+        for _ in range(4):
+            points.append(at)
+            _, slope = logits_and_gradient(classifier, at, lambda z: cross_entropy(z, y))
+            moving = 0.7 * moving + slope / slope.abs().mean((1, 2, 3), keepdim=True)
+            step = moving.sign() if norm == "linf" else moving / moving.flatten(1).norm(dim=1)[:, None, None, None]
+            at = project(at + 0.3 * budget.radius * step, x, budget)
+        points.append(at)
+        with torch.no_grad():
+            logits = torch.stack([classifier(point) for point in points])
+    loss = torch.stack([cross_entropy(at_point, y) for at_point in logits]) + 1e3 * (logits.argmax(2) != y)
+    expected = torch.stack(points)[loss.argmax(0), torch.arange(len(x))]
+    assert torch.allclose(found, expected, atol=1e-5)
+    without = pgd(classifier, x, y, budget, generator(), steps=4, step_size=0.3, stop=False)
+    assert not torch.equal(found, without)

@@ -33,6 +33,7 @@ ATTACKS = [
     Fgsm(radii=R, random_start=True),
     Pgd(radii=R, steps=3),
     Pgd(radii=R, steps=2, restarts=2, loss="margin", step_size=0.8),
+    Pgd(radii=R, steps=3, momentum=0.9),
     MiFgsm(radii=R, steps=3),
     Apgd(radii=R, steps=5),
     Apgd(radii=R, steps=5, restarts=2, loss="dlr"),

@@ -67,6 +67,16 @@ def steepest_step(gradient_BCHW: Tensor, step_size: float, norm: Norm) -> Tensor
     return step_size * scaled_BCHW / _length(scaled_BCHW).clamp(min=1.0)
 
 
+def of_mean_1(gradient_BCHW: Tensor) -> Tensor:
+    """Returns gradients divided by their mean absolute entry; where there is none, 0."""
+    gradient_BCHW = gradient_BCHW.nan_to_num(nan=0.0)
+    # Scaled to a largest entry of 1 first: a vanishing gradient has a mean that underflows.
+    largest_B111 = gradient_BCHW.abs().amax(dim=(1, 2, 3), keepdim=True)
+    scaled_BCHW = torch.where(largest_B111 > 0, gradient_BCHW / largest_B111, 0.0)
+    mean_B111 = scaled_BCHW.abs().mean(dim=(1, 2, 3), keepdim=True)
+    return torch.where(largest_B111 > 0, scaled_BCHW / mean_B111, 0.0)
+
+
 def _length(delta_BCHW: Tensor) -> Tensor:
     return torch.linalg.vector_norm(delta_BCHW, dim=(1, 2, 3), keepdim=True)
 

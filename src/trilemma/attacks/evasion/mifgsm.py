@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from trilemma.attacks.budget import Budget
-from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
-from trilemma.attacks.evasion.geometry import project, steepest_step
+from trilemma.attacks.evasion.frozen import frozen
 from trilemma.attacks.evasion.losses import cross_entropy
-from trilemma.attacks.evasion.search import Standing, kept
+from trilemma.attacks.evasion.pgd import Strides, ascend
+from trilemma.attacks.evasion.search import Standing
 from trilemma.attacks.evasion.types import Oracle
 from trilemma.models.classifier import Classifier
 
@@ -49,29 +49,5 @@ def mifgsm(
         return x_BCHW.clone()
     with frozen(classifier):
         standing = Standing(classifier, x_BCHW, y_B, cross_entropy, answers=answers, stop=stop)
-        index_M = standing.active()
-        x_MCHW = clean_MCHW = x_BCHW[index_M]
-        sum_MCHW, y_M = torch.zeros_like(clean_MCHW), y_B[index_M]
-        for _ in range(steps):
-            if not len(index_M):
-                break
-            logits_MK, gradient_MCHW = logits_and_gradient(classifier, x_MCHW, lambda z, y=y_M: cross_entropy(z, y))
-            stay_M = standing.offer(index_M, x_MCHW, logits_MK)
-            index_M, x_MCHW, clean_MCHW, y_M, sum_MCHW, gradient_MCHW = kept(
-                stay_M, index_M, x_MCHW, clean_MCHW, y_M, sum_MCHW, gradient_MCHW
-            )
-            sum_MCHW = sum_MCHW * decay + _of_mean_1(gradient_MCHW)
-            step_MCHW = steepest_step(sum_MCHW, budget.radius / steps, budget.norm)
-            x_MCHW = project(step_MCHW.add_(x_MCHW), clean_MCHW, budget)
-        standing.ask(index_M, x_MCHW)
+        ascend(classifier, standing, x_BCHW, x_BCHW, budget, Strides(budget.radius / steps, steps, decay))
     return standing.worst_BCHW
-
-
-def _of_mean_1(gradient_BCHW: Tensor) -> Tensor:
-    """Returns gradients divided by their mean absolute entry; where there is none, 0."""
-    gradient_BCHW = gradient_BCHW.nan_to_num(nan=0.0)
-    # Scaled to a largest entry of 1 first: a vanishing gradient has a mean that underflows.
-    largest_B111 = gradient_BCHW.abs().amax(dim=(1, 2, 3), keepdim=True)
-    scaled_BCHW = torch.where(largest_B111 > 0, gradient_BCHW / largest_B111, 0.0)
-    mean_B111 = scaled_BCHW.abs().mean(dim=(1, 2, 3), keepdim=True)
-    return torch.where(largest_B111 > 0, scaled_BCHW / mean_B111, 0.0)

@@ -1,17 +1,32 @@
 """Projected gradient descent (Madry et al., 2018): the standard white-box attack."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
-from trilemma.attacks.evasion.geometry import project, random_start, steepest_step
+from trilemma.attacks.evasion.geometry import of_mean_1, project, random_start, steepest_step
 from trilemma.attacks.evasion.losses import LossName, record_loss
 from trilemma.attacks.evasion.search import Standing, kept
 from trilemma.attacks.evasion.types import Oracle
 from trilemma.models.classifier import Classifier
+
+
+class Strides(NamedTuple):
+    """How an ascent goes on from where it began.
+
+    Attributes:
+        length: Of a step, in pixel units.
+        steps: Steps.
+        momentum: Of the moving sum of gradients of mean absolute entry 1; 0 keeps no sum.
+    """
+
+    length: float
+    steps: int
+    momentum: float = 0.0
 
 
 def pgd(
@@ -25,6 +40,7 @@ def pgd(
     step_size: float | None = None,
     restarts: int = 1,
     loss: LossName = "cross_entropy",
+    momentum: float = 0.0,
     answers: Oracle | None = None,
     stop: bool = True,
 ) -> Tensor:
@@ -36,7 +52,7 @@ def pgd(
     Guarantees: within the budget and [0, 1]; radius 0 returns the images unchanged; the classifier is left as found.
     Cost: per restart `steps` forward and backward passes to the images that still stand and one forward pass; one more
     forward pass for the clean images.
-    References: Madry et al. (2018), section 2.1.
+    References: Madry et al. (2018), section 2.1; with momentum the steps of Dong et al. (2018).
 
     Args:
         classifier: The classifier under attack.
@@ -48,29 +64,55 @@ def pgd(
         step_size: Length of a step over the radius; None for 2.5 / steps, which can cross the ball.
         restarts: Random starts.
         loss: What is climbed: "cross_entropy" or "margin".
+        momentum: How much of the gradients before a step counts in it, each step's a share of this of the next; 0
+            follows the last gradient alone.
         answers: The model that ships; None where that is the classifier.
         stop: Whether broken images leave the batch; without it each is driven to the highest loss.
     """
     if budget.radius == 0 or len(x_BCHW) == 0:
         return x_BCHW.clone()
-    climbed, length = record_loss(loss), step_length(budget, steps, step_size)
+    strides = Strides(step_length(budget, steps, step_size), steps, momentum)
     with frozen(classifier):
-        standing = Standing(classifier, x_BCHW, y_B, climbed, answers=answers, stop=stop)
+        standing = Standing(classifier, x_BCHW, y_B, record_loss(loss), answers=answers, stop=stop)
         for _ in range(restarts):
             start_BCHW = random_start(x_BCHW, budget, generator)
-            index_M = standing.active()
-            x_MCHW, clean_MCHW, y_M = start_BCHW[index_M], x_BCHW[index_M], y_B[index_M]
-            for _ in range(steps):
-                if not len(index_M):
-                    break
-                logits_MK, gradient_MCHW = logits_and_gradient(classifier, x_MCHW, lambda z, y=y_M: climbed(z, y))
-                stay_M = standing.offer(index_M, x_MCHW, logits_MK)
-                index_M, x_MCHW, clean_MCHW, y_M, gradient_MCHW = kept(
-                    stay_M, index_M, x_MCHW, clean_MCHW, y_M, gradient_MCHW
-                )
-                x_MCHW = project(x_MCHW + steepest_step(gradient_MCHW, length, budget.norm), clean_MCHW, budget)
-            standing.ask(index_M, x_MCHW)
+            ascend(classifier, standing, start_BCHW, x_BCHW, budget, strides)
     return standing.worst_BCHW
+
+
+def ascend(
+    classifier: Classifier,
+    standing: Standing,
+    start_BCHW: Tensor,
+    x_BCHW: Tensor,
+    budget: Budget,
+    strides: Strides,
+) -> None:
+    """Climbs the loss of `standing` from one start and leaves there what it finds; call it within `frozen`.
+
+    Args:
+        classifier: The classifier under attack.
+        standing: What was found before; its broken records are left alone.
+        start_BCHW: Where to begin, within the budget.
+        x_BCHW: Clean images in [0, 1].
+        budget: What may be changed.
+        strides: How to go on from there.
+    """
+    index_M = standing.active()
+    x_MCHW, clean_MCHW, y_M = start_BCHW[index_M], x_BCHW[index_M], standing.y_B[index_M]
+    sum_MCHW = torch.zeros_like(x_MCHW)
+    for _ in range(strides.steps):
+        if not len(index_M):
+            break
+        logits_MK, way_MCHW = logits_and_gradient(classifier, x_MCHW, lambda z, y=y_M: standing.loss(z, y))
+        stay_M = standing.offer(index_M, x_MCHW, logits_MK)
+        index_M, x_MCHW, clean_MCHW, y_M, sum_MCHW, way_MCHW = kept(
+            stay_M, index_M, x_MCHW, clean_MCHW, y_M, sum_MCHW, way_MCHW
+        )
+        if strides.momentum:
+            way_MCHW = sum_MCHW = strides.momentum * sum_MCHW + of_mean_1(way_MCHW)
+        x_MCHW = project(x_MCHW + steepest_step(way_MCHW, strides.length, budget.norm), clean_MCHW, budget)
+    standing.ask(index_M, x_MCHW)
 
 
 def climb(

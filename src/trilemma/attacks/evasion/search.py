@@ -26,6 +26,8 @@ class Standing:
     others are still standing.
 
     Attributes:
+        y_B: True labels.
+        loss: (logits_BK, y_B) -> loss_B; what is climbed, or what orders what was found.
         worst_BCHW: The worst images.
         broken_B: Which records the model errs on.
         loss_B: The loss at the worst images.
@@ -52,8 +54,8 @@ class Standing:
             stop: Whether broken records leave; without it the search goes on for the highest loss.
         """
         self._classifier = classifier
-        self._y_B = y_B
-        self._loss = loss
+        self.y_B = y_B
+        self.loss = loss
         self._answers = answers
         self._stop = stop
         self.worst_BCHW = x_BCHW.clone()
@@ -85,9 +87,9 @@ class Standing:
         Returns:
             stay_M: Which of the records the attack should go on with.
         """
-        y_M = self._y_B[index_M]
+        y_M = self.y_B[index_M]
         # A loss that is not a number must neither win nor, on the clean image, be unbeatable.
-        loss_M = self._loss(logits_MK, y_M).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        loss_M = self.loss(logits_MK, y_M).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         broken_M = self._confirmed(x_MCHW, y_M, errs(logits_MK, y_M))
         before_M = self.broken_B[index_M]
         better_M = (broken_M & ~before_M) | ((broken_M == before_M) & (loss_M > self.loss_B[index_M]))

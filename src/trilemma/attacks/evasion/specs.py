@@ -25,7 +25,7 @@ from trilemma.attacks.evasion.square import square
 from trilemma.attacks.evasion.types import TWIN_ONLY, Access, Evasion
 
 #: Steps of the full-budget attack that scores the AUROC beside an AutoAttack.
-SCORED_STEPS = 50
+SCORED_STEPS = 100
 
 
 class Fgsm(Attack):
@@ -60,6 +60,7 @@ class Pgd(Attack):
         restarts: Random starts; the worst image of all counts.
         step_size: Step over radius; None means 2.5 / steps.
         loss: "cross_entropy" or "margin".
+        momentum: Of a moving sum of gradients that the steps follow, as in "mifgsm"; None follows the last one alone.
     """
 
     kind: Literal["pgd"] = "pgd"
@@ -67,13 +68,15 @@ class Pgd(Attack):
     restarts: int = Field(default=1, ge=1)
     step_size: float | None = Field(default=None, gt=0)
     loss: LossName = "cross_entropy"
+    momentum: float | None = Field(default=None, gt=0)
 
     @property
     def method(self) -> str:
         """Returns the attack and its settings, without the norm."""
         times = f"x{self.restarts}" if self.restarts > 1 else ""
         step = "" if self.step_size is None else f" step {self.step_size:g}"
-        return f"PGD-{self.steps}{times}{step}{' margin' if self.loss == 'margin' else ''}"
+        momentum = "" if self.momentum is None else f" momentum {self.momentum:g}"
+        return f"PGD-{self.steps}{times}{step}{momentum}{' margin' if self.loss == 'margin' else ''}"
 
     @property
     def scored(self) -> Attack | None:
@@ -88,6 +91,7 @@ class Pgd(Attack):
             step_size=self.step_size,
             restarts=self.restarts,
             loss=self.loss,
+            momentum=self.momentum or 0.0,
             answers=access.answers,
             stop=stop,
         )
@@ -157,6 +161,11 @@ class Apgd(Attack):
         aimed = "" if self.num_targets is None else f" {self.num_targets} targets"
         times = f"x{self.restarts}" if self.restarts > 1 else ""
         return f"APGD-{self.steps}{times} {loss}{aimed}"
+
+    @property
+    def scored(self) -> Attack | None:
+        """Returns the attack itself where it climbs the margin, whichever wrong class is the likeliest."""
+        return self if self.loss == "margin" and self.num_targets is None else None
 
     def make(self, access: Access = TWIN_ONLY, *, stop: bool = True) -> Evasion:
         """Returns the attack."""
@@ -347,8 +356,8 @@ class AutoAttack(Attack):
 
     @property
     def scored(self) -> Attack | None:
-        """Returns a PGD on the margin: the ensemble lets go of an image as soon as the answer changes."""
-        return Pgd(norm=self.norm, radii=self.radii, steps=SCORED_STEPS, loss="margin")
+        """Returns APGD on the margin: the ensemble lets go of an image as soon as the answer changes."""
+        return Apgd(norm=self.norm, radii=self.radii, steps=SCORED_STEPS, loss="margin")
 
     def make(self, access: Access = TWIN_ONLY, *, stop: bool = True) -> Evasion:
         """Returns the attack; it keeps what first broke an image, so `stop` changes nothing."""
