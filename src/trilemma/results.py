@@ -74,6 +74,7 @@ class Evaluated:
         kind: As in the study file: "clean", "pgd" or another attack, "transfer", "all_at_once", "diagnostics", "cost".
         measurements: Every number.
         seconds: How long it took.
+        strength: Of an attack, as in `evaluation.strength`: models are judged by the strongest; None for the others.
     """
 
     artefact_key: str
@@ -81,6 +82,7 @@ class Evaluated:
     kind: str
     measurements: tuple[Measurement, ...]
     seconds: float
+    strength: int | None = None
 
 
 @dataclass(frozen=True)

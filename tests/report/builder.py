@@ -22,6 +22,7 @@ SEEDS = (0, 1)
 HOSPITALS = ("hospital 1", "hospital 2", "hospital 3")
 RADII = (2 / 255, 4 / 255, 8 / 255)
 ATTACKS = (("FGSM Linf", "fgsm", 1.15), ("PGD-20 Linf", "pgd", 1.0), ("all at once Linf", "all_at_once", 0.97))
+STRENGTHS = {"transfer": 0, "fgsm": 1, "pgd": 3, "all_at_once": 5}
 FULL_BYTES = 6_573_210
 FLAGS = (
     "zero_gradient", "fgsm_beats_pgd", "black_box_beats_white_box", "large_radius_survives", "rises_with_radius",
@@ -113,6 +114,18 @@ def flagged(results: Results, artefacts: list[Artefact], name: str, evidence: st
         return replace(e, measurements=tuple(withhold(m, reason) for m in e.measurements))
 
     return replace(results, evaluated=tuple(change(e) for e in results.evaluated))
+
+
+def bounded(results: Results, artefacts: list[Artefact], evaluation: str, reason: str) -> Results:
+    """Returns the results with all that an attack measured of some artefacts marked as too high."""
+    keys = {artefact.key for artefact in artefacts}
+
+    def change(e: Evaluated) -> Evaluated:
+        if e.artefact_key not in keys or e.evaluation != evaluation:
+            return e
+        return replace(e, measurements=tuple(m._replace(status="bound", reason=reason) for m in e.measurements))
+
+    return replace(results, evaluated=tuple(map(change, results.evaluated)))
 
 
 def withhold(m: Measurement, reason: str) -> Measurement:
@@ -254,7 +267,7 @@ def _evaluated(run: Run, artefact: Artefact, numbers: Made) -> list[Evaluated]:
             attacked.append(rate("specificity", 0.0 if constant else max(0.0, robust - 0.11), radius=radius))
             if kind == "pgd":
                 attacked.append(rate("robust_auroc", 0.5 if constant else 0.98 * robust, radius=radius))
-        found.append(Evaluated(artefact.key, label, kind, tuple(attacked), 12.0))
+        found.append(Evaluated(artefact.key, label, kind, tuple(attacked), 12.0, STRENGTHS[kind]))
     looked = "on 0 of 256 images the gradient is zero"
     flags = [Measurement(f"flag_{name}", 0.0, n=256, unit="count", reason=looked, radius=8 / 255) for name in FLAGS]
     return [*found, Evaluated(artefact.key, DIAGNOSTICS, "diagnostics", tuple(flags), 6.0)]
@@ -278,7 +291,9 @@ def _with_transfer(evaluated: list[Evaluated], artefacts: list[Artefact], made: 
         ]
         worst = min(m.value for m in attacked if m.value is not None)
         attacked.append(rate("robust_accuracy", worst - 0.01, radius=8 / 255))
-        transfer.append(Evaluated(target.key, "Transfer PGD-20 Linf", "transfer", tuple(attacked), 20.0))
+        transfer.append(
+            Evaluated(target.key, "Transfer PGD-20 Linf", "transfer", tuple(attacked), 20.0, STRENGTHS["transfer"])
+        )
     return evaluated + transfer
 
 

@@ -8,16 +8,31 @@ import re
 from dataclasses import replace
 
 import pytest
-from builder import BOTH, DIAGNOSTICS, EVIDENCE, FLAGS, MADE, PGD, PLAIN, RADII, build, flagged, pick, rate, withhold
+from builder import (
+    BOTH,
+    DIAGNOSTICS,
+    EVIDENCE,
+    FLAGS,
+    MADE,
+    PGD,
+    PLAIN,
+    RADII,
+    STRENGTHS,
+    bounded,
+    build,
+    flagged,
+    pick,
+    rate,
+    withhold,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from trilemma.attacks.evasion.specs import EvasionSpec
 from trilemma.evaluation.measurement import Measurement
-from trilemma.evaluation.specs import AllAtOnce, Transfer
+from trilemma.evaluation.strength import BLACK_BOX, ENSEMBLE, GRADIENTS, SELF_TUNING
+from trilemma.report import numbers
 from trilemma.report.answer import answer
-from trilemma.report.attacked import ATTACK_STRENGTH, STRONG
 from trilemma.report.configurations import configuration_rows, headline
 from trilemma.report.estimates import Estimate, estimate
 from trilemma.report.export import export_csv, export_json, export_latex, export_markdown
@@ -81,7 +96,9 @@ def test_one_flagged_training_withholds_its_row_and_no_other():
     results = raised(build(), PGD, seeds=1)
     row = row_of(results, f"{PGD}, int8")
     assert all(a.robust.withheld for a in row.attacked)
-    beside = [(a.among_correct, a.sensitivity, a.specificity) for a in row.attacked if a.kind != "transfer"]
+    beside = [
+        (a.among_correct, a.sensitivity, a.specificity) for a in row.attacked if a.strength != STRENGTHS["transfer"]
+    ]
     assert len(beside) == 9
     assert all(each.withheld for at in beside for each in at)
     assert row.scored("PGD-20 Linf", RADII[2]).estimate.withheld
@@ -195,9 +212,7 @@ def undiagnosed(results):
     return replace(
         results,
         evaluated=tuple(
-            replace(e, measurements=tuple(withhold(m, reason) for m in e.measurements))
-            if e.kind in ATTACK_STRENGTH
-            else e
+            replace(e, measurements=tuple(withhold(m, reason) for m in e.measurements)) if e.strength is not None else e
             for e in results.evaluated
             if e.kind != "diagnostics"
         ),
@@ -284,37 +299,27 @@ def test_every_flag_has_words():
     assert title_of("something_new") == "something new"
 
 
-def kinds_of(union):
-    return {member.model_fields["kind"].default for member in union.__args__[0].__args__}
-
-
-def test_every_attack_has_a_strength():
-    combined = {spec.model_fields["kind"].default for spec in (Transfer, AllAtOnce)}
-    assert ATTACK_STRENGTH.keys() == kinds_of(EvasionSpec) | combined
-    strongest = max(ATTACK_STRENGTH.values())
-    assert {k for k, strength in ATTACK_STRENGTH.items() if strength == strongest} == {"autoattack", "all_at_once"}
-    assert min(ATTACK_STRENGTH, key=ATTACK_STRENGTH.get) == "transfer"
-    assert min(ATTACK_STRENGTH[kind] for kind in STRONG) > max(
-        strength for kind, strength in ATTACK_STRENGTH.items() if kind not in STRONG
+def with_strength(results, strength, label):
+    """The evaluation of all attacks at once as another attack."""
+    return replace(
+        results,
+        evaluated=tuple(
+            replace(e, kind="other", strength=strength, evaluation=label) if e.kind == "all_at_once" else e
+            for e in results.evaluated
+        ),
     )
 
 
-def with_kind(results, kind, label):
-    """The evaluation of all attacks at once as another attack."""
-    changed = (replace(e, kind=kind, evaluation=label) if e.kind == "all_at_once" else e for e in results.evaluated)
-    return replace(results, evaluated=tuple(changed))
-
-
-@pytest.mark.parametrize("kind", ["autoattack", "apgd", "all_at_once"])
-def test_a_strong_attack_is_the_headline_and_no_caution(kind):
-    results = with_kind(build(), kind, "Strong Linf")
+@pytest.mark.parametrize("strength", [SELF_TUNING, ENSEMBLE])
+def test_a_strong_attack_is_the_headline_and_no_caution(strength):
+    results = with_strength(build(), strength, "Strong Linf")
     assert headline(configuration_rows(results)).evaluation == "Strong Linf"
     assert "A weak attack" not in {finding.topic for finding in answer(results)}
 
 
-@pytest.mark.parametrize("kind", ["square", "hop_skip_jump", "mifgsm"])
-def test_without_a_strong_attack_robust_accuracy_is_an_upper_bound(kind):
-    results = with_kind(build(), kind, "Other Linf")
+@pytest.mark.parametrize("strength", [BLACK_BOX, GRADIENTS])
+def test_without_a_strong_attack_robust_accuracy_is_an_upper_bound(strength):
+    results = with_strength(build(), strength, "Other Linf")
     (finding,) = [finding for finding in answer(results) if finding.topic == "A weak attack"]
     assert finding.caution
     assert "upper bound" in finding.text
@@ -322,6 +327,43 @@ def test_without_a_strong_attack_robust_accuracy_is_an_upper_bound(kind):
     assert f"The strongest attack of this study is “{by.evaluation}”" in finding.text
     clean = replace(build(), evaluated=tuple(e for e in build().evaluated if e.kind == "clean"))
     assert "A weak attack" not in {finding.topic for finding in answer(clean)}
+
+
+WHY = "an upper bound: “PGD-20 Linf” leaves less"
+
+
+def test_a_number_that_is_known_to_be_too_high_is_marked_everywhere(tmp_path):
+    results = build({PLAIN: MADE[PLAIN], BOTH: MADE[BOTH]})
+    results = bounded(results, pick(results, BOTH, "int8")[:1], "all at once Linf", WHY)
+    by = headline(configuration_rows(results))
+    assert by.evaluation == "all at once Linf"  # the strongest, even so
+    row = row_of(results, f"{BOTH}, int8")
+    robust = row.under(by.evaluation, by.radius).robust
+    assert (robust.bound, robust.reason) == (True, WHY)
+    assert not row_of(results, f"{BOTH}, fp32").under(by.evaluation, by.radius).robust.bound
+    titles, rows = written_rows(results)
+    cells = {(r[0], r[1]): r[titles.index("robust (all at once Linf, 8/255)")] for r in rows}
+    assert [where for where, cell in cells.items() if cell.startswith("≤\u00a0")] == [(BOTH, "int8")]
+    assert "≤ an upper bound: something else that was tried leaves less." in legend(results)
+    (finding,) = [finding for finding in answer(results) if finding.topic == "Upper bounds"]
+    assert f"“{BOTH}, int8”: {WHY}." in finding.text
+    assert f"≤\u00a0{numbers.percent(robust.value)}" in html.unescape(report_html(results))
+    assert WHY in html.unescape(report_html(results))
+    assert "Upper bounds" not in {finding.topic for finding in answer(build())}
+    export_csv(results, tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        marked = [row for row in csv.DictReader(file) if row["status"] == "bound"]
+    assert {(row["evaluation"], row["reason"]) for row in marked} == {("all at once Linf", WHY)}
+    assert all(row["value"] for row in marked)
+    export_latex(results, tmp_path / "t.tex")
+    assert r"$\leq$" in (tmp_path / "t.tex").read_text(encoding="utf-8")
+
+
+def test_what_may_be_too_high_wins_with_a_perhaps_only():
+    results = build(WINNING)
+    assert verdict_of(results).startswith("Yes, on these data")
+    results = bounded(results, list(results.artefacts), "all at once Linf", WHY)
+    assert verdict_of(results).startswith("Perhaps: another attack leaves less, but")
 
 
 def test_all_at_once_takes_its_auroc_from_the_attack_of_its_norm_that_measured_it():
@@ -378,7 +420,7 @@ def test_exports_hold_no_withheld_number(tmp_path):
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     (key,) = {a.key for a in pick(results, PGD, "int8")[:1]}
-    attacked = [row for row in rows if row["artefact"] == key and row["kind"] in ATTACK_STRENGTH]
+    attacked = [row for row in rows if row["artefact"] == key and row["kind"] in STRENGTHS]
     assert attacked
     assert {(row["value"], row["low"], row["high"], row["status"]) for row in attacked} == {("", "", "", "withheld")}
     flags = [row for row in rows if row["artefact"] == key and row["evaluation"] == DIAGNOSTICS]

@@ -1,6 +1,6 @@
 """Signs that a robust accuracy is not there: each is a flag with its evidence, and a raised flag withholds the number.
 
-Every threshold is one of six tests at the level of 1 % (`LEVEL`), on images of different patients, which are
+Every threshold is one of five tests at the level of 1 % (`LEVEL`), on images of different patients, which are
 independent:
 
 - *More than a point.* Two attacks that are both good still differ on a few images, and so do a model and its int8
@@ -14,7 +14,6 @@ independent:
   answers from the first ones would be exchangeable with those that the noise causes, and the k largest of all 2 m would
   all be due to the composition with a probability of about 2^-k only.
 - *Beyond rounding.* Two answers to the same question may differ by float rounding only: 1e-4 of the largest logit.
-- *Interval.* Wilson's 95 % interval of the robust accuracy itself (`not_converged`).
 - *Sign test.* Where two attacks of equal cost are compared that may each win by chance (Dixon and Mood, 1946).
 
 Ten flags are raised by up to two tests each, so that a model that sits on the edge of every null hypothesis would be
@@ -24,7 +23,6 @@ References: Carlini et al. (2019), "On Evaluating Adversarial Robustness"; Athal
 al. (2020).
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -39,11 +37,8 @@ from trilemma.evaluation.harness import Target
 from trilemma.evaluation.intervals import wilson
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.metrics import Floats, Integers, majority_class, predictions
+from trilemma.evaluation.significance import LEVEL, TOLERANCE, all_from_one, beyond_a_point, p_value
 
-#: Probability with which a test raises a flag although its null hypothesis holds, at most.
-LEVEL = 0.01
-#: Share of images on which two attacks, or a model and its twin, may differ for no reason that matters.
-TOLERANCE = 0.01
 _ROUNDING = 1e-4
 #: What the metric of every flag begins with.
 FLAG = "flag_"
@@ -100,6 +95,23 @@ def diagnose(
 ) -> list[Flag]:
     """Returns all flags of one model within one budget, raised or not; none without a test record.
 
+    The arguments are those of `examined`.
+    """
+    evidence = examined(target, test, budget, seed, num_images=num_images, tried=tried)
+    return [] if evidence is None else judged(evidence)
+
+
+def examined(
+    target: Target,
+    test: Records,
+    budget: Budget,
+    seed: int,
+    *,
+    num_images: int = 256,
+    tried: Tried = NOTHING_ELSE,
+) -> Evidence | None:
+    """Returns the evidence of one model within one budget, or None without a test record.
+
     Args:
         target: The model as it ships, its twin and its surrogates.
         test: The test split.
@@ -112,13 +124,14 @@ def diagnose(
         raise ValueError(f"diagnostics need a radius above 0, not {budget.radius:g}")
     positions_M = independent_sample(test, num_images, seed)
     if not len(positions_M):
-        return []
+        return None
     evidence = gather(target, test.subset(positions_M), budget, seed)
+    white_M, elsewhere_M = (_any_errs(evidence, logits, positions_M) for logits in tried)
+    evidence = evidence._replace(tried_N=white_M | elsewhere_M)
     if tried.elsewhere:
-        elsewhere_M = _any_errs(evidence, tried.elsewhere, positions_M)
-        missed_M = elsewhere_M & ~evidence.white_N & ~_any_errs(evidence, tried.white, positions_M)
+        missed_M = elsewhere_M & ~evidence.white_N & ~white_M
         evidence = evidence._replace(black_boxes=evidence.black_boxes | {"what else was tried": missed_M})
-    return judged(evidence)
+    return evidence
 
 
 def _any_errs(evidence: Evidence, logits: Sequence[Floats], positions_M: Integers) -> NDArray[np.bool_]:
@@ -213,7 +226,7 @@ def large_radius_survives(evidence: Evidence) -> Flag:
     probability = float(binom.sf(stands - 1, n, chance))
     seen = (
         f"where every image is allowed, {stands} of {n} still withstand PGD-{STEPS} from the clean image, chance being "
-        f"{chance:.2f} ({_p(probability)})"
+        f"{chance:.2f} ({p_value(probability)})"
     )
     return _flag(evidence, "large_radius_survives", probability < LEVEL, stands, n, seen, "the attack does not work")
 
@@ -235,20 +248,13 @@ def rises_with_radius(evidence: Evidence) -> Flag:
 
 
 def not_converged(evidence: Evidence) -> Flag:
-    """Raised where twice the steps and restarts take robust accuracy below its own interval, and by more than a point.
+    """Raised where twice the steps, from two more starts, break more than a point of images that the white box leaves.
 
-    No attack on a network converges to the last image; one whose robust accuracy stays within the interval that is
-    printed beside it has not misled anybody.
+    No attack on a network converges to the last image; one that would still take a point away has not converged.
     """
     count, n = int(evidence.longer_N.sum()), len(evidence.labels_N)
-    robust = n - int(evidence.white_N.sum())
-    low, _ = wilson(robust, n)
-    raised = _above(count, n) and (robust - count) / n < low
-    seen = (
-        f"PGD-{4 * STEPS} from two more starts breaks {count} of {_nearest(evidence)}, whose robust accuracy of "
-        f"{robust / n:.3f} is known to be {low:.3f} or more"
-    )
-    return _flag(evidence, "not_converged", raised, count, n, seen, "still more steps would break still more")
+    seen = f"APGD-{4 * STEPS} from two more starts breaks {count} of {_nearest(evidence)}"
+    return _beyond_a_point(evidence, "not_converged", count, n, seen, "still more steps would break still more")
 
 
 def logit_scaling(evidence: Evidence) -> Flag:
@@ -269,30 +275,33 @@ def logit_scaling(evidence: Evidence) -> Flag:
         f"scale changes, breaks {by_margin}"
     )
     signs = float(binom.sf(gained - 1, gained + lost, 0.5))
-    raised = _above(gained, n) and signs < LEVEL
+    raised = beyond_a_point(gained, n) and signs < LEVEL
     return _flag(
-        evidence, "logit_scaling", raised, gained, n, f"{seen} ({_p(signs)})", "the cross entropy is saturated"
+        evidence, "logit_scaling", raised, gained, n, f"{seen} ({p_value(signs)})", "the cross entropy is saturated"
     )
 
 
 def randomised(evidence: Evidence) -> Flag:
     """Raised where two answers to the same images differ, in the model that ships or in its twin.
 
-    Asked again in the same way they must agree up to rounding. In another order and in smaller batches rounding may be
-    another, and an int8 model may round up what it rounded down: there the answers must differ no more than noise of
-    half a grey level makes them differ.
+    Asked again in the same way they must agree up to rounding, and so must the answers to all other images of a batch
+    when one of them is replaced: noise that is seeded by what is asked repeats itself and is noise all the same. In
+    another order and in smaller batches rounding may be another, and an int8 model may round up what it rounded down:
+    there the answers must differ no more than noise of half a grey level makes them differ.
     """
     parts = {"the model": evidence.session, "its twin": evidence.twin}
     n = len(evidence.session.again_M)
-    again = {name: int((repeats.again_M > _ROUNDING * repeats.scale).sum()) for name, repeats in parts.items()}
+    again = {name: _beyond_rounding(repeats.again_M, repeats) for name, repeats in parts.items()}
+    beside = {name: _beyond_rounding(repeats.beside_M, repeats) for name, repeats in parts.items()}
     regrouped = {name: _farther_than_noise(repeats) for name, repeats in parts.items()}
-    raised = any(again.values()) or any(_all_from_one(n, k) < LEVEL for k in regrouped.values())
+    raised = any(again.values()) or any(beside.values()) or any(all_from_one(n, k) < LEVEL for k in regrouped.values())
     seen = "; ".join(
-        f"asked again, {name} answers differently to {again[name]} of {n} images, and in another batch to "
-        f"{regrouped[name]} of them by more than half a grey level of noise would do"
+        f"asked again, {name} answers differently to {again[name]} of {n} images, beside another first image to "
+        f"{beside[name]} of the rest, and in another batch to {regrouped[name]} by more than half a grey level of "
+        "noise would do"
         for name in parts
     )
-    count = max(*again.values(), *regrouped.values())
+    count = max(*again.values(), *beside.values(), *regrouped.values())
     return _flag(evidence, "randomised", raised, count, n, seen, "one attack and one answer say little about the next")
 
 
@@ -309,8 +318,8 @@ def constant(evidence: Evidence) -> Flag:
     majority = int((labels_N == majority_class(labels_N)).sum())
     right, robust = n - int(evidence.errors(evidence.clean_NK).sum()), n - int(evidence.white_N.sum())
     others, attacked = _other_answers(answers_N), _other_answers(predictions(evidence.white_NK))
-    collapses = robust <= majority and not _above(attacked, n) and _leans(answers_N, labels_N)
-    raised = right <= majority or not _above(others, n) or collapses
+    collapses = robust <= majority and not beyond_a_point(attacked, n) and _leans(answers_N, labels_N)
+    raised = right <= majority or not beyond_a_point(others, n) or collapses
     seen = (
         f"{right} of {n} images are answered rightly, {robust} under attack, where always answering the most frequent "
         f"class would reach {majority}; {others} have another answer than the most frequent one, {attacked} under "
@@ -333,13 +342,13 @@ def twin_disagrees(evidence: Evidence) -> Flag:
         f"the twin and the model that ships answer differently to {int(clean_N.sum())} of {n} clean images, to "
         f"{int(moved_N.sum())} after FGSM, and to {far} of {m} where every image is allowed"
     )
-    raised = _above(either, n) or _above(far, m)
+    raised = beyond_a_point(either, n) or beyond_a_point(far, m)
     return _flag(evidence, "twin_disagrees", raised, either, n, seen, "attacks on the twin say little about the model")
 
 
 def _beyond_a_point(evidence: Evidence, name: str, count: int, n: int, seen: str, meaning: str) -> Flag:
     probability = float(binom.sf(count - 1, n, TOLERANCE))
-    return _flag(evidence, name, _above(count, n), count, n, f"{seen} ({_p(probability)})", meaning)
+    return _flag(evidence, name, beyond_a_point(count, n), count, n, f"{seen} ({p_value(probability)})", meaning)
 
 
 def _flag(evidence: Evidence, name: str, raised: bool, count: int, n: int, seen: str, meaning: str) -> Flag:
@@ -348,20 +357,15 @@ def _flag(evidence: Evidence, name: str, raised: bool, count: int, n: int, seen:
     return Flag(name, raised, text, count / n, low, high, n, evidence.budget.radius)
 
 
-def _above(count: int, n: int) -> bool:
-    """Returns whether `count` of n images are more than 1 % of all images can explain."""
-    return bool(binom.sf(count - 1, n, TOLERANCE) < LEVEL)
+def _beyond_rounding(moved_M: Floats, repeats: Repeats) -> int:
+    """Returns how many answers moved by more than rounding explains."""
+    return int((moved_M > _ROUNDING * repeats.scale).sum())
 
 
 def _farther_than_noise(repeats: Repeats) -> int:
     """Returns how many answers moved farther in another batch than any did under noise, and than rounding explains."""
     limit = max(float(repeats.nudged_M.max()), _ROUNDING * repeats.scale)
     return int((repeats.regrouped_M > limit).sum())
-
-
-def _all_from_one(m: int, k: int) -> float:
-    """Returns the probability that the k largest of two exchangeable groups of m are all of the first."""
-    return math.comb(2 * m - k, m) / math.comb(2 * m, m)
 
 
 def _other_answers(answers_N: Integers) -> int:
@@ -381,7 +385,3 @@ def _nearest(evidence: Evidence) -> str:
     left, nearest = int((~evidence.white_N).sum()), len(evidence.nearest_M)
     remaining = f"the {left} among {len(evidence.labels_N)} images that the white box leaves"
     return remaining if left == nearest else f"the {nearest} nearest to an error of {remaining}"
-
-
-def _p(probability: float) -> str:
-    return "p < .001" if probability < 0.001 else f"p = {probability:.3f}".replace("0.", ".")

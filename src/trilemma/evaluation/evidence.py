@@ -1,8 +1,9 @@
 """What `diagnostics` judges: every answer of a model that can show that its robustness is not there.
 
 The white box is the worst case, image by image, of PGD-20 on the cross entropy, PGD-20 on the margin and, on the 64
-images nearest to an error that these left, PGD-40 with two restarts on the margin. What goes on from there (longer
-runs, black boxes) is tried on those of the 64 that still stand: what it finds is a lower bound for all images.
+images nearest to an error that these left, APGD-40 with two restarts on the margin: steps that halve themselves find on
+a steep model what steps of one length do not. What goes on from there (longer runs, black boxes) is tried on those of
+the 64 that still stand: what it finds is a lower bound for all images.
 
 All images are made legal again and judged by the model that ships. Of each patient one image is used, so that images
 are independent and exact binomial tests apply.
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trilemma.attacks.budget import Budget
+from trilemma.attacks.evasion.apgd import apgd
 from trilemma.attacks.evasion.fgsm import fgsm
 from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
 from trilemma.attacks.evasion.losses import LossName, margin
@@ -59,12 +61,14 @@ class Repeats(NamedTuple):
     Attributes:
         again_M: Asked the same once more.
         regrouped_M: Asked in reversed order and smaller batches.
+        beside_M: Asked with the first image of the batch turned into its negative; for that image 0.
         nudged_M: Asked with uniform noise of half a grey level on the images.
         scale: The largest finite logit.
     """
 
     again_M: Floats
     regrouped_M: Floats
+    beside_M: Floats
     nudged_M: Floats
     scale: float
 
@@ -90,9 +94,10 @@ class Evidence(NamedTuple):
         rescaled_N: Errors on these under PGD on the cross entropy of rescaled logits.
         unscaled_N: Errors on these under PGD on the cross entropy again, from the same starts as with rescaled logits.
         margin_N: Errors under PGD-20 on the margin, on the images that PGD-20 on the cross entropy left.
-        longer_N: Errors under twice the white box's steps and restarts, on at most 32 of the nearest.
+        longer_N: Errors under APGD-80 from two more starts, on at most 32 of the nearest.
         black_boxes: Name of a black box -> errors under it where the white box leaves the image: on the nearest, and of
             what else was tried on the model on all images.
+        tried_N: Errors under what else the study tried on the model within the budget; False where nothing was.
         smaller_N: Errors under PGD-20 on the margin within half the radius, on the nearest.
         larger_stands_N: Images, right when clean, that PGD-20 breaks within the radius and not within twice the radius.
         num_larger: Images on which that was tried.
@@ -118,6 +123,7 @@ class Evidence(NamedTuple):
     unscaled_N: Flags
     longer_N: Flags
     black_boxes: dict[str, Flags]
+    tried_N: Flags
     smaller_N: Flags
     larger_stands_N: Flags
     num_larger: int
@@ -134,6 +140,12 @@ class Evidence(NamedTuple):
     def white_N(self) -> Flags:
         """Returns on which images the model errs under the white box."""
         return self.errors(self.white_NK)
+
+    @property
+    def left_N(self) -> Flags:
+        """Returns which images the model answers rightly under everything that was tried within the budget."""
+        within = (self.white_N, self.errors(self.fgsm_NK), self.rescaled_N, self.longer_N, self.tried_N, self.smaller_N)
+        return ~np.any([*within, *self.black_boxes.values()], axis=0)
 
 
 def independent_sample(test: Records, num_images: int, seed: int) -> NDArray[np.integer]:
@@ -186,8 +198,9 @@ def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evide
         entropy_left_M=entropy_left_M,
         rescaled_N=further(_rescaled(twin), _pgd(target), budget, entropy_left_M),
         unscaled_N=further(twin, _pgd(target), budget, entropy_left_M),
-        longer_N=further(twin, _pgd(target, steps=4 * STEPS, restarts=2, loss="margin"), budget, longest_M),
+        longer_N=further(twin, _apgd(target, steps=4 * STEPS), budget, longest_M),
         black_boxes=_black_boxes(target, twin, records, budget, nearest_M, seed),
+        tried_N=np.zeros(len(records), dtype=bool),
         smaller_N=further(twin, _pgd(target, loss="margin"), Budget(budget.norm, budget.radius / 2), nearest_M),
         larger_stands_N=larger_stands_N,
         num_larger=num_larger,
@@ -234,6 +247,10 @@ def _pgd(target: Target, *, steps: int = STEPS, restarts: int = 1, loss: LossNam
     return partial(pgd, steps=steps, restarts=restarts, loss=loss, answers=target.predict)
 
 
+def _apgd(target: Target, *, steps: int) -> Evasion:
+    return partial(apgd, steps=steps, restarts=2, loss="margin", answers=target.predict)
+
+
 def _logits(
     target: Target, source: Classifier, evasion: Evasion, budget: Budget, records: Records, seed: int
 ) -> np.ndarray:
@@ -267,7 +284,7 @@ def _white_box(
     quick_NK[left_M] = _logits(target, twin, by_margin, budget, records.subset(left_M), seed)
     white_NK = quick_NK.copy()
     near_M = _nearest(quick_NK, records.labels_N, predictions(quick_NK) == records.labels_N, NEAREST)
-    thorough = _pgd(target, steps=2 * STEPS, restarts=2, loss="margin")
+    thorough = _apgd(target, steps=2 * STEPS)
     white_NK[near_M] = _logits(target, twin, thorough, budget, records.subset(near_M), derive_seed(seed, "thorough"))
     return quick_NK, white_NK
 
@@ -334,8 +351,8 @@ def _stands_in_larger(
     broken_M = np.flatnonzero(quick_N & (predictions(clean_NK) == records.labels_N))[:NEAREST]
     stands_N = np.zeros(len(records), dtype=bool)
     stands_N[broken_M] = True
-    # Steps as long as within the radius, and as many more as the ball is larger: only then is the failure the model's.
-    for evasion in (_pgd(target), _pgd(target, steps=2 * STEPS, restarts=2, loss="margin")):
+    # More steps where the ball is larger: only then is the failure the model's.
+    for evasion in (_pgd(target), _apgd(target, steps=2 * STEPS)):
         index_M = np.flatnonzero(stands_N)
         run = partial(_errors_at, target, twin, evasion, larger, index_M, records=records)
         stands_N &= ~run(seed=derive_seed(seed, "larger"))
@@ -360,10 +377,13 @@ def _repeats(ask: Oracle, records: Records, seed: int) -> Repeats:
     first_MK = _finite(ask(x_MCHW))
     regrouped_MK = torch.cat([_finite(ask(part)) for part in x_MCHW.flip(0).split(_OTHER_BATCH)]).flip(0)
     nudged_MK = _finite(ask((x_MCHW + _HALF_LEVEL * noise_MCHW).clamp_(0, 1)))
-    again_M, regrouped_M, nudged_M = (
-        (other_MK - first_MK).abs().amax(1).numpy() for other_MK in (_finite(ask(x_MCHW)), regrouped_MK, nudged_MK)
+    beside_MK = _finite(ask(torch.cat([1 - x_MCHW[:1], x_MCHW[1:]])))
+    beside_MK[:1] = first_MK[:1]
+    again_M, regrouped_M, beside_M, nudged_M = (
+        (other_MK - first_MK).abs().amax(1).numpy()
+        for other_MK in (_finite(ask(x_MCHW)), regrouped_MK, beside_MK, nudged_MK)
     )
-    return Repeats(again_M, regrouped_M, nudged_M, float(first_MK.abs().max()))
+    return Repeats(again_M, regrouped_M, beside_M, nudged_M, float(first_MK.abs().max()))
 
 
 def _finite(logits_MK: Tensor) -> Tensor:

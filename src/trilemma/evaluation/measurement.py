@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Status = Literal["ok", "undefined", "failed", "withheld"]
+Status = Literal["ok", "bound", "undefined", "failed", "withheld"]
 
 
 class Measurement(NamedTuple):
@@ -21,7 +21,7 @@ class Measurement(NamedTuple):
         n: Records behind the number.
         unit: "fraction", "bytes", "seconds", "count", "coefficient".
         split: "test", "val" ...
-        status: "ok", or why there is no value.
+        status: "ok", "bound" for a robust accuracy that is known to be too high, or why there is no value.
         reason: One sentence where status is not "ok", else "".
         radius: The attack's radius in pixel units, or None.
         source: The artefact on which a transferred attack was made, or None.

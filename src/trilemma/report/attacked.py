@@ -8,26 +8,6 @@ from trilemma.evaluation.measurement import Measurement
 from trilemma.report.cells import Cell
 from trilemma.report.estimates import Estimate, estimate
 
-#: Evaluations that attack, weakest first; a model is judged by the strongest that the study holds. Of equally strong
-#: kinds the one counts under which the models keep the least.
-ATTACK_STRENGTH = {
-    "transfer": 0,
-    "fgsm": 1,
-    "hop_skip_jump": 2,
-    "square": 2,
-    "carlini_wagner": 3,
-    "deepfool": 3,
-    "fab": 3,
-    "mifgsm": 3,
-    "pgd": 3,
-    "apgd": 4,
-    "all_at_once": 5,
-    "autoattack": 5,
-}
-
-#: Attacks that tune themselves or are several at once: without any of them a robust accuracy may be far too high.
-STRONG = frozenset({"all_at_once", "apgd", "autoattack"})
-
 
 @dataclass(frozen=True)
 class Attacked:
@@ -35,7 +15,7 @@ class Attacked:
 
     Attributes:
         evaluation: The evaluation's label, such as "PGD-10 Linf".
-        kind: Of the evaluation, a key of `ATTACK_STRENGTH`.
+        strength: Of the attack, as in `evaluation.strength`; of two the higher one judges.
         radius: In pixel units.
         robust: Robust accuracy: right on the clean image and on the attacked one.
         among_correct: The same among the images that were right before the attack.
@@ -45,7 +25,7 @@ class Attacked:
     """
 
     evaluation: str
-    kind: str
+    strength: int
     radius: float
     robust: Estimate = field(default_factory=Estimate)
     among_correct: Estimate = field(default_factory=Estimate)
@@ -68,12 +48,12 @@ class Scored(NamedTuple):
 
 def attacked(cells: Iterable[Cell]) -> tuple[Attacked, ...]:
     """Returns what every attack and radius leaves of some cells of one configuration, over their seeds."""
-    samples: dict[tuple[str, str, float], dict[str, list[tuple[int, Measurement]]]] = {}
+    samples: dict[tuple[str, int, float], dict[str, list[tuple[int, Measurement]]]] = {}
     for cell in cells:
         for evaluated in cell.evaluated:
             for m in evaluated.measurements:
-                if evaluated.kind in ATTACK_STRENGTH and m.radius is not None and m.source is None and m.client is None:
-                    at = samples.setdefault((evaluated.evaluation, evaluated.kind, m.radius), {})
+                if evaluated.strength is not None and m.radius is not None and m.source is None and m.client is None:
+                    at = samples.setdefault((evaluated.evaluation, evaluated.strength, m.radius), {})
                     at.setdefault(m.metric, []).append((cell.run.seed, m))
     return tuple(
         Attacked(

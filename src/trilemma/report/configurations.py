@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trilemma.evaluation.measurement import Measurement
+from trilemma.evaluation.strength import STRONG
 from trilemma.report import numbers
-from trilemma.report.attacked import ATTACK_STRENGTH, STRONG, Attacked, Scored, attacked, scored
+from trilemma.report.attacked import Attacked, Scored, attacked, scored
 from trilemma.report.cells import Cell, by_seed, hospitals, is_alone, measured, owner
 from trilemma.report.claims import TIME_IS_SECRET, Claim, claim_of
 from trilemma.report.estimates import Estimate, estimate, exact
@@ -105,7 +106,7 @@ class Row:
         for at in self.attacked:
             if at.evaluation == evaluation and at.radius == radius:
                 return at
-        return Attacked(evaluation, "", radius)
+        return Attacked(evaluation, 0, radius)
 
     def scored(self, evaluation: str, radius: float) -> Scored:
         """Returns the robust AUROC at a radius and which attack measured it, another of its norm where it does not."""
@@ -189,14 +190,15 @@ def artefact_titles(results: Results) -> dict[str, tuple[str, str, int]]:
 def headline(rows: Iterable[Row]) -> Headline:
     """Returns by which metric and which attack the rows are compared.
 
-    The strongest evaluation is the one of the strongest kind; among several of a kind the one under which the
-    rows keep the least accuracy at their largest common radius. One that no row has a value of comes last, but not
-    where values are withheld: rows are not judged by a weaker attack because the stronger one may not be believed.
+    The strongest evaluation is the one of the highest strength; among several the one under which the rows keep the
+    least accuracy at their largest common radius. One that no row has a value of comes last, but not where values are
+    withheld: rows are not judged by a weaker attack because the stronger one may not be believed. Where a weaker one
+    leaves less all the same, the values are marked as bounds.
     """
     rows = list(rows)
     utility = "auroc" if rows and all(row.metric("auroc").value is not None for row in rows) else "accuracy"
     candidates = []
-    for name, kind in {a.evaluation: a.kind for row in rows for a in row.attacked}.items():
+    for name, strength in {a.evaluation: a.strength for row in rows for a in row.attacked}.items():
         radii = [{a.radius for a in row.attacked if a.evaluation == name} for row in rows]
         common = set.intersection(*(found for found in radii if found))
         if common:
@@ -204,7 +206,7 @@ def headline(rows: Iterable[Row]) -> Headline:
             kept = [each.value for each in robust if each.value is not None]
             mean = sum(kept) / len(kept) if kept else 1.0
             unknown = not kept and not any(each.withheld for each in robust)
-            candidates.append((unknown, -ATTACK_STRENGTH.get(kind, 0), mean, name, max(common)))
+            candidates.append((unknown, -strength, mean, name, max(common)))
     if not candidates:
         return Headline(utility, "", 0.0)
     *_, name, radius = min(candidates)
@@ -213,8 +215,8 @@ def headline(rows: Iterable[Row]) -> Headline:
 
 def is_weak(rows: Iterable[Row]) -> bool:
     """Returns whether the rows were attacked, but only in ways after which a stronger attack may well leave less."""
-    kinds = {a.kind for row in rows for a in row.attacked}
-    return bool(kinds) and not kinds & STRONG
+    strengths = {a.strength for row in rows for a in row.attacked}
+    return bool(strengths) and max(strengths) < STRONG
 
 
 def counterpart(

@@ -12,7 +12,7 @@ MOST_FLAGS = 12
 
 def doubts(rows: Sequence[Row], by: Headline) -> list[Finding]:
     """Returns what is withheld and why, and whether the study's strongest attack is a weak one."""
-    return [*_withheld(rows), *_weak(rows, by)]
+    return [*_withheld(rows), *_weak(rows, by), *_too_high(rows, by)]
 
 
 def _withheld(rows: Sequence[Row]) -> list[Finding]:
@@ -51,3 +51,11 @@ def _weak(rows: Sequence[Row], by: Headline) -> list[Finding]:
         "once. Every robust accuracy is an upper bound, and a stronger attack may leave far less."
     )
     return [Finding("A weak attack", (text,), caution=True)]
+
+
+def _too_high(rows: Sequence[Row], by: Headline) -> list[Finding]:
+    """Returns which rows keep less than the numbers by which they are compared."""
+    found = [(row, row.under(by.evaluation, by.radius).robust) for row in rows]
+    said = [f"“{row.title}”: {robust.reason}." for row, robust in found if robust.bound]
+    opening = f"Under “{by.evaluation}” some numbers are known to be too high; they are marked ≤."
+    return [Finding("Upper bounds", (opening, *said[:MOST_FLAGS]), caution=True)] if said else []

@@ -32,6 +32,7 @@ class Estimate:
         single: The mean interval of the single models, which speaks of other test patients only; None without one.
         reason: Why there is no value, or why some trainings are not in it; "" where nothing is amiss.
         withheld: Whether there are values that may not be shown.
+        bound: Whether some value is known to be too high.
     """
 
     value: float | None = None
@@ -43,6 +44,7 @@ class Estimate:
     single: tuple[float, float] | None = None
     reason: str = "not measured"
     withheld: bool = False
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ def estimate(samples: Iterable[tuple[int, Measurement]]) -> Estimate:
         high = min(largest, max(_mean(means) + half, -math.inf if high is None else high))
     absent = len(samples) - len(usable)
     why = _reasons(m for _, m in samples if m.value is None)
+    said = [f"{absent} of {len(samples)} trainings have no value: {why or 'no reason given'}"] if absent else []
+    bounds_only = [m for _, m in usable if m.status == "bound"]
+    said += [_reasons(bounds_only)] if bounds_only else []
     return Estimate(
         value=_mean(means),
         low=low,
@@ -107,7 +112,8 @@ def estimate(samples: Iterable[tuple[int, Measurement]]) -> Estimate:
         n=min(m.n for _, m in usable),
         by_seed=by_seed,
         single=single,
-        reason=f"{absent} of {len(samples)} trainings have no value: {why or 'no reason given'}" if absent else "",
+        reason="; ".join(said),
+        bound=bool(bounds_only),
     )
 
 

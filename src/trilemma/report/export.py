@@ -36,7 +36,7 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}", "\u00a0": "~",
     "–": "--", "−": "$-$", "ε": r"$\varepsilon$", "★": r"$\star$", "↓": r"$\downarrow$", "δ": r"$\delta$",
-    "“": "``", "”": "''",
+    "“": "``", "”": "''", "≤": r"$\leq$",
 }  # fmt: skip
 _MARKDOWN = {c: f"\\{c}" for c in "\\`*_[]|~$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
 

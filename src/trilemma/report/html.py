@@ -11,7 +11,6 @@ from pathlib import Path
 
 from trilemma.atomic import atomic_write
 from trilemma.report import sections
-from trilemma.report.attacked import ATTACK_STRENGTH
 from trilemma.report.configurations import Row, configuration_rows, headline
 from trilemma.report.figures import Figure, library, robustness_figure, size_figure, training_figure
 from trilemma.report.markup import Content, Html, tag
@@ -63,8 +62,8 @@ def report_html(results: Results) -> str:
 
 def _body(results: Results, rows: Sequence[Row]) -> Html:
     by = headline(rows)
-    attacks = {a.evaluation: a.kind for row in rows for a in row.attacked}
-    evaluations = sorted(attacks, key=lambda name: (-ATTACK_STRENGTH.get(attacks[name], 0), name))
+    attacks = {a.evaluation: a.strength for row in rows for a in row.attacked}
+    evaluations = sorted(attacks, key=lambda name: (-attacks[name], name))
     drawn: list[Figure] = [robustness_figure(rows, name, i) for i, name in enumerate(evaluations)]
     parts: list[tuple[str, str, Html | None]] = [
         ("answer", "Answer", sections.answer_section(results)),

@@ -93,13 +93,18 @@ def metric_bounds(metric: str, low: float, high: float) -> str:
 
 
 def metric_estimate(metric: str, estimate: Estimate) -> str:
-    """Returns "86.2 % (84.1 to 88.0)", "withheld", or the sign for no value."""
+    """Returns "86.2 % (84.1 to 88.0)", "≤ 86.2 % ..." where that is too high, "withheld", or the sign for no value."""
     if estimate.value is None:
         return WITHHELD if estimate.withheld else NO_VALUE
-    text = metric_value(metric, estimate.value)
+    text = at_most(metric_value(metric, estimate.value), estimate)
     if estimate.low is None or estimate.high is None:
         return text
     return f"{text} ({metric_bounds(metric, estimate.low, estimate.high)})"
+
+
+def at_most(text: str, estimate: Estimate) -> str:
+    """Returns a written value, after "≤ " where it is known to be too high."""
+    return f"≤\u00a0{text}" if estimate.bound else text
 
 
 def _signed(value: float, digits: int) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from trilemma.report import numbers
-from trilemma.report.attacked import ATTACK_STRENGTH
 from trilemma.report.configurations import Headline, Row
 from trilemma.report.flags import Flag, flag_names, title_of
 from trilemma.report.markup import Content, Html, tag
@@ -23,8 +22,8 @@ _BESIDE = {
 def robustness_table(rows: Sequence[Row]) -> Html:
     """Returns robust accuracy of every row under every attack and radius."""
     notes = Notes("note-robust")
-    attacks = dict.fromkeys((a.evaluation, a.kind, a.radius) for row in rows for a in row.attacked)
-    columns = sorted(attacks, key=lambda a: (-ATTACK_STRENGTH.get(a[1], 0), a[0], a[2]))
+    attacks = dict.fromkeys((a.evaluation, a.strength, a.radius) for row in rows for a in row.attacked)
+    columns = sorted(attacks, key=lambda a: (-a[1], a[0], a[2]))
     body = [
         tag(
             "tr",

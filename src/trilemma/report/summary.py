@@ -50,6 +50,9 @@ def legend(results: Results) -> list[str]:
     rows = configuration_rows(results)
     said = ["★ Pareto-optimal, ↓ at or below the majority class, – not measured."]
     said += _about_withheld(rows)
+    by = headline(rows)
+    if any(row.under(by.evaluation, by.radius).robust.bound for row in rows):
+        said.append("≤ an upper bound: something else that was tried leaves less.")
     shares = majority_shares(rows)
     if shares:
         said.append(f"Majority class: {shares} of the test images.")

@@ -63,7 +63,9 @@ def rate_cell(metric: str, estimate: Estimate, notes: Notes, majority: float | N
         return absent(estimate.reason, notes)
     below = majority is not None and estimate.value <= majority
     content: list[Content] = [
-        tag("data", numbers.metric_value(metric, estimate.value), value=repr(estimate.value)),
+        tag(
+            "data", numbers.at_most(numbers.metric_value(metric, estimate.value), estimate), value=repr(estimate.value)
+        ),
         notes.mark("at or below the majority class: no better than a constant answer") if below else None,
         notes.mark(estimate.reason) if estimate.reason else None,
     ]

@@ -21,7 +21,7 @@ class Corners(NamedTuple):
         private: It carries a guarantee, whatever its noise: where that comes from a seed, the answer says so.
         robust: Under the strongest attack it is better than always giving the most frequent answer.
         small: Its file takes at most half of the largest one.
-        certain: The whole interval of its robust accuracy lies above the majority class.
+        certain: The whole interval of its robust accuracy lies above the majority class, and no attack leaves less.
     """
 
     private: bool
@@ -39,11 +39,12 @@ def corners(row: Row, by: Headline, largest_bytes: float) -> Corners:
     """Returns which corners a row reaches; what was not measured is not reached."""
     robust, size, majority = row.under(by.evaluation, by.radius).robust, row.file_bytes.value, row.majority
     above = robust.value is not None and majority is not None and robust.value > majority
+    whole = robust.low is not None and majority is not None and robust.low > majority
     return Corners(
         private=row.epsilon is not None,
         robust=above and not row.constant,
         small=size is not None and size <= SMALL_SHARE * largest_bytes,
-        certain=above and robust.low is not None and majority is not None and robust.low > majority,
+        certain=above and whole and not robust.bound,
     )
 
 
@@ -91,7 +92,9 @@ def _unasked(choices: Sequence[Row], by: Headline) -> str:
 def _won(row: Row, at: Corners, num_winners: int, choices: Sequence[Row], by: Headline) -> str:
     assert row.epsilon is not None and row.file_bytes.value is not None  # what winning means
     others = f" ({num_winners} configurations do; this one is the most useful)" if num_winners > 1 else ""
-    opening = "Yes, on these data" if at.certain else "Perhaps: the interval reaches down to the majority class, but"
+    bound = row.under(by.evaluation, by.radius).robust.bound
+    but = "another attack leaves less" if bound else "the interval reaches down to the majority class"
+    opening = "Yes, on these data" if at.certain else f"Perhaps: {but}, but"
     weak = f" An ε above {WEAK_EPSILON:g} is a weak promise, though." if row.epsilon > WEAK_EPSILON else ""
     return (
         f"{opening}: “{row.title}” is all three{others}. It is private ({row.promise}), "

@@ -1,13 +1,16 @@
 """From the store to what a report reads: the results of one study, and what is missing of it."""
 
+from dataclasses import replace
 from typing import Any
 
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.attack import Attack
+from trilemma.evaluation.bounds import Known, known_from, marked
 from trilemma.evaluation.diagnostics import withheld
 from trilemma.evaluation.estimates import undefined
 from trilemma.evaluation.measurement import Measurement, on_split
 from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
+from trilemma.evaluation.strength import sees_gradients, strength
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 from trilemma.study.combine import diagnostics_key, key_of, pair_keys, why_undefined
 from trilemma.study.facts import facts_key, public_data, public_key
@@ -16,6 +19,8 @@ from trilemma.study.store import Store
 
 #: Examples that a report shows at most; each is three images.
 MAX_EXAMPLES = 24
+
+_ATTACKS = (Attack, Transfer, AllAtOnce)
 
 #: Why robust accuracies are withheld until it has been looked whether they are real.
 NOT_DIAGNOSED = "withheld until the diagnostics have run"
@@ -99,8 +104,7 @@ def _artefact(cell: Cell, store: Store) -> Artefact | None:
 
 def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list[tuple[Evaluated, tuple[Example, ...]]]:
     """Returns every evaluation of an artefact; a transfer is one with a row for each source and one for the worst."""
-    doubts = _doubts(plan, cell, store)
-    found = []
+    doubts, measured = _doubts(plan, cell, store), []
     for spec in plan.evaluations:
         keys = _keys(plan, cell, spec)
         measurements: tuple[Measurement, ...] = ()
@@ -112,14 +116,30 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
         if not rows and not measurements:
             continue
         measurements += tuple(measurement for row in rows for measurement in row.measurements)
-        if isinstance(spec, (Attack, Transfer, AllAtOnce)):
-            within = {budget.radius: doubts[budget] for budget in spec.budgets}
-            measurements = tuple(_withheld(measurement, within) for measurement in measurements)
         seconds = sum(row.seconds for row in rows)
         label = str(rows[0].spec["label"]) if rows and isinstance(spec, Attack) else spec.label
-        shown = Evaluated(cell.key, label, spec.kind, measurements, seconds)
-        found.append((shown, tuple(example for row in rows for example in row.examples)))
-    return found
+        found = Evaluated(cell.key, label, spec.kind, measurements, seconds)
+        measured.append((spec, found, tuple(example for row in rows for example in row.examples)))
+    known = [what for spec, found, _ in measured for what in _known_of(spec, found)]
+    return [(_judged(spec, found, known, doubts), examples) for spec, found, examples in measured]
+
+
+def _known_of(spec: EvaluationSpec, found: Evaluated) -> list[Known]:
+    if isinstance(spec, Diagnostics):
+        return known_from("", spec.norm, found.measurements)
+    return known_from(found.evaluation, spec.norm, found.measurements) if isinstance(spec, _ATTACKS) else []
+
+
+def _judged(spec: EvaluationSpec, found: Evaluated, known: list[Known], doubts: dict[Budget, str]) -> Evaluated:
+    """Returns an evaluation with what may be read of it: bounds are marked, doubtful values withheld."""
+    if not isinstance(spec, _ATTACKS):
+        return found
+    measurements = found.measurements
+    if sees_gradients(spec):  # an attack without gradients says what an attacker without them reaches, and no more
+        measurements = marked(found.evaluation, spec.norm, measurements, known)
+    within = {budget.radius: doubts[budget] for budget in spec.budgets}
+    measurements = tuple(_withheld(measurement, within) for measurement in measurements)
+    return replace(found, measurements=measurements, strength=strength(spec))
 
 
 def _keys(plan: Plan, cell: Cell, spec: EvaluationSpec) -> list[str]:

@@ -2,7 +2,8 @@
 
 import time
 
-from trilemma.evaluation.diagnostics import Tried, diagnose, diagnostic_measurements
+from trilemma.evaluation.bounds import bound
+from trilemma.evaluation.diagnostics import Tried, diagnostic_measurements, examined, judged
 from trilemma.evaluation.measurement import on_split
 from trilemma.evaluation.specs import Diagnostics
 from trilemma.study.evaluate_job import open_target
@@ -25,12 +26,13 @@ def diagnose_job(place: Workplace, cell: Cell, spec: Diagnostics, key: str, trie
     place.enter()
     started, training = time.perf_counter(), cell.training.spec
     test, target = place.dataset(training.data).test, open_target(place, cell)
-    flags = diagnose(target, test, spec.budget, training.seed, num_images=spec.num_images, tried=tried)
+    evidence = examined(target, test, spec.budget, training.seed, num_images=spec.num_images, tried=tried)
+    measurements = [] if evidence is None else [*diagnostic_measurements(judged(evidence)), bound(evidence)]
     return EvaluationRow(
         key=key,
         artefact_key=cell.key,
         spec={**spec.model_dump(mode="json"), "label": spec.label},
         provenance=provenance(place.torch_device),
         seconds=time.perf_counter() - started,
-        measurements=on_split(diagnostic_measurements(flags), training.data.evaluate_on),
+        measurements=on_split(measurements, training.data.evaluate_on),
     )

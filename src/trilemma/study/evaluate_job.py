@@ -8,7 +8,8 @@ import torch
 
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.attack import Attack
-from trilemma.attacks.evasion.specs import EvasionSpec
+from trilemma.attacks.evasion.specs import AutoAttack, EvasionSpec
+from trilemma.attacks.evasion.types import Access
 from trilemma.data.images import png_bytes
 from trilemma.data.records import Dataset, Records
 from trilemma.evaluation.clean import clean_measurements
@@ -101,21 +102,36 @@ def _made(
     """Returns every target's logits under an attack at one radius, and the source's AUROC where the attack gives one.
 
     Images that shall transfer, and those that give the AUROC, are driven to the highest loss. Where that takes an
-    attack of its own, its answers count for the source too, image by image.
+    attack of its own, its answers count for the source too, image by image; and so do those to images that the same
+    attack makes on the models that the source was made from.
     """
     seed, scored = attack.source.training.spec.seed, attack.spec.scored if attack.white_box else None
     stop = not attack.targets and scored != attack.spec
     evasion = attack.spec.make(source.access, stop=stop)
     logits = attacked_logits(source.twin, targets, evasion, budget, test, seed)
-    if scored is None:
-        return logits, []
-    scored_NK = logits[0]
-    if scored != attack.spec:
-        full = scored.make(source.access, stop=False)
-        (scored_NK,) = attacked_logits(source.twin, [source], full, budget, test, seed)
+    more, scores = _from_surrogates(attack, source, budget, test), []
+    if scored is not None:
+        scored_NK = logits[0]
+        if scored != attack.spec:
+            full = scored.make(source.access, stop=False)
+            (scored_NK,) = attacked_logits(source.twin, [source], full, budget, test, seed)
+            more.append(scored_NK)
+        scores.append(robust_auroc(scored_NK, test.labels_N, test.units(), budget.radius, seed))
+    if more:
         clean_NK = attack.clean[attack.source.key]
-        logits[0] = np.asarray(worst_logits([logits[0], scored_NK], clean_NK, test.labels_N))
-    return logits, [robust_auroc(scored_NK, test.labels_N, test.units(), budget.radius, seed)]
+        logits[0] = np.asarray(worst_logits([logits[0], *more], clean_NK, test.labels_N))
+    return logits, scores
+
+
+def _from_surrogates(attack: AttackTask, source: Target, budget: Budget, test: Records) -> list[np.ndarray]:
+    """Returns the source's logits on images that a gradient attack makes on its surrogates; the source says who broke.
+
+    An ensemble that has its own transfers, and attacks without gradients, make none.
+    """
+    if not attack.white_box or not attack.spec.sees_gradients or isinstance(attack.spec, AutoAttack):
+        return []
+    seed, evasion = attack.source.training.spec.seed, attack.spec.make(Access(source.predict))
+    return [attacked_logits(model, [source], evasion, budget, test, seed)[0] for model in source.surrogates]
 
 
 def cost_job(place: Workplace, cell: Cell, spec: Cost) -> EvaluationRow:
