@@ -9,7 +9,8 @@ independent:
   256. What the second attack leaves of what the first one broke does not enter: a good attack breaks what any other
   breaks, so that one that leaves 8 images to another is not good, however many the other leaves to it. Where a model
   has nothing left to break, k is 0 and nothing is raised.
-- *Above chance.* Binomial of n and 1 / classes.
+- *More than a tenth.* Of the images that an attack may change at will, one that works leaves a tenth at the most: a
+  binomial of n and .1, which 13 of 64 exceed.
 - *Farther than noise.* If a batch's composition mattered no more than noise of half a grey level, the distances of m
   answers from the first ones would be exchangeable with those that the noise causes, and the k largest of all 2 m would
   all be due to the composition with a probability of about 2^-k only.
@@ -32,13 +33,16 @@ from scipy.stats import binom
 
 from trilemma.attacks.budget import Budget
 from trilemma.data.records import Records
-from trilemma.evaluation.evidence import STEPS, Evidence, Repeats, gather, independent_sample
+from trilemma.evaluation.evidence import STEPS, THOROUGH_STEPS, Evidence, gather, independent_sample
 from trilemma.evaluation.harness import Target
 from trilemma.evaluation.intervals import wilson
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.metrics import Floats, Integers, majority_class, predictions
+from trilemma.evaluation.repeats import Repeats
 from trilemma.evaluation.significance import LEVEL, TOLERANCE, all_from_one, beyond_a_point, p_value
 
+#: Share of the images that an attack without any bound may leave and still work.
+BOUNDLESS = 0.1
 _ROUNDING = 1e-4
 #: What the metric of every flag begins with.
 FLAG = "flag_"
@@ -215,18 +219,18 @@ def black_box_beats_white_box(evidence: Evidence) -> Flag:
 
 
 def large_radius_survives(evidence: Evidence) -> Flag:
-    """Raised where the model stays above chance although the attack may draw any image at all.
+    """Raised where more than a tenth of the images withstand an attack that may draw any image at all.
 
-    Every class that a model ever answers is then within reach, so that only an attack that does not work fails. It
-    starts at the clean image: a random one would be an image of nothing, and fool many a model without a gradient.
+    Every class that a model ever answers is then within reach, so that an attack that works leaves next to nothing:
+    far less than the chance of 1 / classes, which one that works on every other image would reach. It starts at the
+    clean image: a random one would be an image of nothing, and fool many a model without a gradient.
     """
     n = len(evidence.anything_MK)
     stands = int((predictions(evidence.anything_MK) == evidence.labels_N[:n]).sum())
-    chance = 1 / evidence.num_classes
-    probability = float(binom.sf(stands - 1, n, chance))
+    probability = float(binom.sf(stands - 1, n, BOUNDLESS))
     seen = (
-        f"where every image is allowed, {stands} of {n} still withstand PGD-{STEPS} from the clean image, chance being "
-        f"{chance:.2f} ({p_value(probability)})"
+        f"where every image is allowed, {stands} of {n} still withstand PGD-{STEPS} from the clean image, and one that "
+        f"works leaves no more than {n * BOUNDLESS:.0f} ({p_value(probability)})"
     )
     return _flag(evidence, "large_radius_survives", probability < LEVEL, stands, n, seen, "the attack does not work")
 
@@ -248,12 +252,12 @@ def rises_with_radius(evidence: Evidence) -> Flag:
 
 
 def not_converged(evidence: Evidence) -> Flag:
-    """Raised where twice the steps, from two more starts, break more than a point of images that the white box leaves.
+    """Raised where twice the steps, from other starts, break more than a point of images that the white box leaves.
 
     No attack on a network converges to the last image; one that would still take a point away has not converged.
     """
     count, n = int(evidence.longer_N.sum()), len(evidence.labels_N)
-    seen = f"APGD-{4 * STEPS} from two more starts breaks {count} of {_nearest(evidence)}"
+    seen = f"APGD-{2 * THOROUGH_STEPS} from other starts breaks {count} of {_nearest(evidence)}"
     return _beyond_a_point(evidence, "not_converged", count, n, seen, "still more steps would break still more")
 
 
@@ -325,7 +329,9 @@ def constant(evidence: Evidence) -> Flag:
         f"class would reach {majority}; {others} have another answer than the most frequent one, {attacked} under "
         f"attack"
     )
-    return _flag(evidence, "constant", raised, n - others, n, seen, "a constant cannot be moved, nor is it of use")
+    useless = right <= majority and beyond_a_point(others, n)
+    meaning = "it is of no more use than a constant" if useless else "a constant cannot be moved, nor is it of use"
+    return _flag(evidence, "constant", raised, n - others, n, seen, meaning)
 
 
 def twin_disagrees(evidence: Evidence) -> Flag:

@@ -1,9 +1,9 @@
 """What `diagnostics` judges: every answer of a model that can show that its robustness is not there.
 
 The white box is the worst case, image by image, of PGD-20 on the cross entropy, PGD-20 on the margin and, on the 64
-images nearest to an error that these left, APGD-40 with two restarts on the margin: steps that halve themselves find on
-a steep model what steps of one length do not. What goes on from there (longer runs, black boxes) is tried on those of
-the 64 that still stand: what it finds is a lower bound for all images.
+images nearest to an error that these left, APGD-100 on the margin towards the two likeliest wrong classes: steps that
+halve themselves find on a steep model what steps of one length do not. What goes on from there (longer runs, black
+boxes) is tried on those of the 64 that still stand: what it finds is a lower bound for all images.
 
 All images are made legal again and judged by the model that ships. Of each patient one image is used, so that images
 are independent and exact binomial tests apply.
@@ -24,7 +24,7 @@ from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
 from trilemma.attacks.evasion.losses import LossName, margin
 from trilemma.attacks.evasion.pgd import climb, pgd
 from trilemma.attacks.evasion.square import square
-from trilemma.attacks.evasion.types import Evasion, Oracle
+from trilemma.attacks.evasion.types import Evasion
 from trilemma.data.records import Records
 from trilemma.evaluation.harness import (
     BATCH_SIZE,
@@ -36,41 +36,23 @@ from trilemma.evaluation.harness import (
     legal,
 )
 from trilemma.evaluation.metrics import Floats, predictions
+from trilemma.evaluation.repeats import Repeats, repeated
 from trilemma.models.classifier import Classifier
-from trilemma.randomness import derive_seed, generator, numpy_generator
+from trilemma.randomness import derive_seed, numpy_generator
 
 #: Gradient steps of the white box.
 STEPS = 20
+#: Steps of APGD where these gave up, with which it no longer depends on their number.
+THOROUGH_STEPS = 100
+#: Wrong classes that APGD aims at, at most.
+TARGETS = 2
 #: Questions per image of the black box.
 QUERIES = 300
 #: Images that go on where the first two attacks gave up, that are asked twice, and that may be changed at will.
 NEAREST = 64
 #: Images on which the longest run is made.
 _LONGEST = 32
-#: Images of a batch in another composition than the usual one.
-_OTHER_BATCH = 7
-#: Noise that no robust answer may depend on: half a grey level of 8 bits.
-_HALF_LEVEL = 0.5 / 255
-
 Flags = NDArray[np.bool_]
-
-
-class Repeats(NamedTuple):
-    """How far answers to the same images lie apart, each the largest over an image's logits.
-
-    Attributes:
-        again_M: Asked the same once more.
-        regrouped_M: Asked in reversed order and smaller batches.
-        beside_M: Asked with the first image of the batch turned into its negative; for that image 0.
-        nudged_M: Asked with uniform noise of half a grey level on the images.
-        scale: The largest finite logit.
-    """
-
-    again_M: Floats
-    regrouped_M: Floats
-    beside_M: Floats
-    nudged_M: Floats
-    scale: float
 
 
 class Evidence(NamedTuple):
@@ -94,7 +76,7 @@ class Evidence(NamedTuple):
         rescaled_N: Errors on these under PGD on the cross entropy of rescaled logits.
         unscaled_N: Errors on these under PGD on the cross entropy again, from the same starts as with rescaled logits.
         margin_N: Errors under PGD-20 on the margin, on the images that PGD-20 on the cross entropy left.
-        longer_N: Errors under APGD-80 from two more starts, on at most 32 of the nearest.
+        longer_N: Errors under APGD-200 from other starts, on at most 32 of the nearest.
         black_boxes: Name of a black box -> errors under it where the white box leaves the image: on the nearest, and of
             what else was tried on the model on all images.
         tried_N: Errors under what else the study tried on the model within the budget; False where nothing was.
@@ -158,9 +140,8 @@ def independent_sample(test: Records, num_images: int, seed: int) -> NDArray[np.
 def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evidence:
     """Returns the evidence.
 
-    Cost: for N images at most 40 N + 23000 gradient steps of one image, 300 * 64 questions to the shipped model, and
-    1300 steps for each surrogate; less where images break. A ResNet-9 of width 16 on 256 images of 28 pixels took 18 to
-    24 s on one thread of a server's CPU.
+    Cost: for N images at most 40 N + 26000 gradient steps of one image (from three classes on 40 N + 46000), 300 * 64
+    questions to the shipped model, and 1300 steps for each surrogate; less where images break.
 
     Args:
         target: The model.
@@ -198,7 +179,7 @@ def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evide
         entropy_left_M=entropy_left_M,
         rescaled_N=further(_rescaled(twin), _pgd(target), budget, entropy_left_M),
         unscaled_N=further(twin, _pgd(target), budget, entropy_left_M),
-        longer_N=further(twin, _apgd(target, steps=4 * STEPS), budget, longest_M),
+        longer_N=further(twin, _apgd(target, steps=2 * THOROUGH_STEPS), budget, longest_M),
         black_boxes=_black_boxes(target, twin, records, budget, nearest_M, seed),
         tried_N=np.zeros(len(records), dtype=bool),
         smaller_N=further(twin, _pgd(target, loss="margin"), Budget(budget.norm, budget.radius / 2), nearest_M),
@@ -206,8 +187,8 @@ def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evide
         num_larger=num_larger,
         anything_MK=anything_MK,
         twin_anything_MK=twin_anything_MK,
-        session=_repeats(target.predict, records, seed),
-        twin=_repeats(lambda x: torch.from_numpy(_twin_logits(twin, x, batch_size=len(x))), records, seed),
+        session=repeated(target.predict, first.x(), seed),
+        twin=repeated(lambda x: torch.from_numpy(_twin_logits(twin, x, batch_size=len(x))), first.x(), seed),
     )
 
 
@@ -248,7 +229,8 @@ def _pgd(target: Target, *, steps: int = STEPS, restarts: int = 1, loss: LossNam
 
 
 def _apgd(target: Target, *, steps: int) -> Evasion:
-    return partial(apgd, steps=steps, restarts=2, loss="margin", answers=target.predict)
+    targets = min(TARGETS, target.twin.num_classes - 1)
+    return partial(apgd, steps=steps, loss="margin", num_targets=targets, answers=target.predict)
 
 
 def _logits(
@@ -284,7 +266,7 @@ def _white_box(
     quick_NK[left_M] = _logits(target, twin, by_margin, budget, records.subset(left_M), seed)
     white_NK = quick_NK.copy()
     near_M = _nearest(quick_NK, records.labels_N, predictions(quick_NK) == records.labels_N, NEAREST)
-    thorough = _apgd(target, steps=2 * STEPS)
+    thorough = _apgd(target, steps=THOROUGH_STEPS)
     white_NK[near_M] = _logits(target, twin, thorough, budget, records.subset(near_M), derive_seed(seed, "thorough"))
     return quick_NK, white_NK
 
@@ -352,7 +334,7 @@ def _stands_in_larger(
     stands_N = np.zeros(len(records), dtype=bool)
     stands_N[broken_M] = True
     # More steps where the ball is larger: only then is the failure the model's.
-    for evasion in (_pgd(target), _apgd(target, steps=2 * STEPS)):
+    for evasion in (_pgd(target), _apgd(target, steps=THOROUGH_STEPS)):
         index_M = np.flatnonzero(stands_N)
         run = partial(_errors_at, target, twin, evasion, larger, index_M, records=records)
         stands_N &= ~run(seed=derive_seed(seed, "larger"))
@@ -369,25 +351,6 @@ def _from_clean(
 def _everything(budget: Budget, records: Records) -> Budget:
     """Returns the smallest ball that holds all images, whatever its centre."""
     return Budget(budget.norm, 1.0 if budget.norm == "linf" else records.images_NCHW[:1].size ** 0.5)
-
-
-def _repeats(ask: Oracle, records: Records, seed: int) -> Repeats:
-    x_MCHW = records.x(slice(0, NEAREST))
-    noise_MCHW = 2 * torch.rand(x_MCHW.shape, generator=generator(seed, "half a level")) - 1
-    first_MK = _finite(ask(x_MCHW))
-    regrouped_MK = torch.cat([_finite(ask(part)) for part in x_MCHW.flip(0).split(_OTHER_BATCH)]).flip(0)
-    nudged_MK = _finite(ask((x_MCHW + _HALF_LEVEL * noise_MCHW).clamp_(0, 1)))
-    beside_MK = _finite(ask(torch.cat([1 - x_MCHW[:1], x_MCHW[1:]])))
-    beside_MK[:1] = first_MK[:1]
-    again_M, regrouped_M, beside_M, nudged_M = (
-        (other_MK - first_MK).abs().amax(1).numpy()
-        for other_MK in (_finite(ask(x_MCHW)), regrouped_MK, beside_MK, nudged_MK)
-    )
-    return Repeats(again_M, regrouped_M, beside_M, nudged_M, float(first_MK.abs().max()))
-
-
-def _finite(logits_MK: Tensor) -> Tensor:
-    return logits_MK.detach().to("cpu", torch.float64).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _twin_logits(twin: Classifier, x_NCHW: Tensor, batch_size: int = BATCH_SIZE) -> np.ndarray:
