@@ -28,6 +28,7 @@ class Run:
         peak_memory_bytes: Largest resident set of the process while it trained (on Linux; elsewhere since it
             began); None like `seconds`.
         num_parameters: Trainable parameters.
+        chosen_round: The round that early stopping chose, counted from 1; None where none was chosen.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Run:
     seconds: float | None
     peak_memory_bytes: int | None
     num_parameters: int
+    chosen_round: int | None = None
 
 
 @dataclass(frozen=True)

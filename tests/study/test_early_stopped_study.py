@@ -1,6 +1,8 @@
 """A study whose trainings stop early: what is stored, resumed after a kill, and refused before anything is trained."""
 
 import os
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from trilemma.errors import Failure, UserError
 from trilemma.federation.early_stopping import ended
 from trilemma.federation.round import run_round
 from trilemma.federation.training import initial_state, prepare
+from trilemma.report.tables import training_table
+from trilemma.results import Results
 from trilemma.study import train_job
+from trilemma.study.assemble import assemble
 from trilemma.study.facts import prepare_all
 from trilemma.study.files import StoreFiles, load_tensors
 from trilemma.study.store import Store
@@ -63,6 +68,21 @@ def test_what_is_stored_is_the_best_round(case, roots):
         [3, 6, 8] if public else list(range(1, state.round + 1))
     )
     assert len(run.history) == state.round and (state.round < 8) == (public is None)
+
+
+def test_the_report_says_which_round_was_chosen(case):
+    plan, stored = case
+    with Store(stored) as store:
+        (run,) = assemble(plan, store, "", "").runs
+        history = store.run(run.key).history
+    looks = {row["round"]: row["robust_val_accuracy"] for row in history if "robust_val_accuracy" in row}
+    assert run.chosen_round == max(looks, key=lambda number: (looks[number], number))
+    assert not any(name.startswith("robust_val_") for row in run.history for name in row)
+    table = training_table(Results("", "", "", (0,), (), (run,), (), ()))
+    assert re.findall("<th[^>]*>chosen</th>", table)
+    assert [re.sub("<[^>]+>", "", cell) for cell in re.findall("<td.*?</td>", table)][2] == str(run.chosen_round)
+    without = training_table(Results("", "", "", (0,), (), (replace(run, chosen_round=None),), (), ()))
+    assert "chosen</th>" not in without
 
 
 @pytest.mark.parametrize("stop", [1, 2])

@@ -4,6 +4,7 @@ A look attacks the model as it is after a round on images that nothing is traine
 the rows of the history, so a resumed training decides the same.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +130,12 @@ def best_so_far(
     if now is None or now < max(seen, default=0.0):
         return state.best_P, state.best_Q
     return latest_P.clone(), latest_Q.clone()  # a checkpoint's tensors may not share memory
+
+
+def best_round(spec: TrainSpec, history: Sequence[dict[str, Any]]) -> int | None:
+    """Returns the round whose weights are the model, counted from 1; None where no look chose it."""
+    values = [(value, row["round"]) for row in history if (value := _value(spec, row)) is not None]
+    return max(values)[1] if values else None  # of equal ones the later, as in `best_so_far`
 
 
 def ended(spec: TrainSpec, state: TrainingState) -> bool:

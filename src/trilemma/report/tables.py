@@ -213,13 +213,14 @@ def _latency_cell(estimate: Estimate, notes: Notes) -> Html:
 
 def training_table(results: Results) -> Html:
     """Returns the last value of every training's curve."""
-    body = []
+    body, chosen = [], any(run.chosen_round is not None for run in results.runs)
     for run in results.runs:
         last = run.history[-1] if run.history else {}
         accuracy, loss = last.get("val_accuracy"), last.get("loss")
         cells = [
             str(run.seed),
             str(len(run.history)),
+            *([numbers.NO_VALUE if run.chosen_round is None else str(run.chosen_round)] if chosen else []),
             numbers.NO_VALUE if accuracy is None else numbers.percent(accuracy),
             numbers.NO_VALUE if loss is None else numbers.decimal(loss),
             numbers.NO_VALUE if run.seconds is None else numbers.duration(run.seconds),
@@ -227,8 +228,20 @@ def training_table(results: Results) -> Html:
             f"{run.num_parameters:,}".replace(",", "\u202f"),
         ]
         body.append(tag("tr", tag("th", run.configuration, scope="row"), *(tag("td", cell) for cell in cells)))
-    titles = ["Configuration", "seed", "rounds", "validation accuracy", "loss", "time", "peak memory", "parameters"]
+    titles = [
+        "Configuration",
+        "seed",
+        "rounds",
+        *(["chosen"] if chosen else []),
+        "validation accuracy",
+        "loss",
+        "time",
+        "peak memory",
+        "parameters",
+    ]
     caption = "Every training at its last round, whose model it is unless averaging or early stopping chose another."
+    if chosen:
+        caption += " Chosen: the round whose model early stopping took."
     if any(run.seconds is None for run in results.runs):
         caption += f" Time and memory are not told where {TIME_IS_SECRET}."
     return table(caption, [header(titles)], body)

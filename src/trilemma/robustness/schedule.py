@@ -15,12 +15,16 @@ def _rises_to_all(points: tuple[tuple[float, float], ...]) -> tuple[tuple[float,
             "a schedule is a list of points [share of the training, share of the radius] whose first numbers ascend, "
             "such as [[0, 0], [0.3, 0.5], [0.6, 1]]"
         )
-    if max(share for _, share in points) != 1:
+    if not any(share == 1 and moment < 1 for moment, share in points):
         raise ValueError(
-            "a schedule must reach the whole radius somewhere, a share of 1; for less, give the smaller radius"
+            "a schedule must reach the whole radius, a share of 1, before the training ends, at a moment below 1; for "
+            "less, give the smaller radius"
         )
     return points
 
+
+#: Share of a training that ends before it does: otherwise what grows would never be grown.
+Warmup = Annotated[float, Field(ge=0, lt=1)]
 
 #: Points (share of the training that is done, share of the radius), joined by straight lines; level outside of them.
 Schedule = Annotated[tuple[tuple[Share, Share], ...], AfterValidator(_rises_to_all)]

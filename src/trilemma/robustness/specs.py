@@ -12,7 +12,7 @@ from trilemma.attacks.evasion.specs import Apgd, EvasionSpec, Fgsm, MiFgsm, Pgd
 from trilemma.robustness.crafting import last_pgd_images, nfgsm_images
 from trilemma.robustness.objective import Objective
 from trilemma.robustness.objectives import adversarial, standard
-from trilemma.robustness.schedule import Schedule, Share, check_one_growth, growth_label, radius_share
+from trilemma.robustness.schedule import Schedule, Share, Warmup, check_one_growth, growth_label, radius_share
 from trilemma.robustness.two_views import divergent_images, mart, trades
 from trilemma.spec import Radius, Spec
 
@@ -78,7 +78,7 @@ class Hardening(Spec, ABC):
 
     norm: Norm = "linf"
     radius: Radius = 4 / 255
-    warmup: Share = 0.0
+    warmup: Warmup = 0.0
     schedule: Schedule | None = None
 
     @model_validator(mode="after")
@@ -279,7 +279,7 @@ class AdversarialTraining(Spec):
     kind: Literal["adversarial"] = "adversarial"
     attack: TrainingAttack
     fraction: Share = 1.0
-    warmup: Share = 0.0
+    warmup: Warmup = 0.0
     schedule: Schedule | None = None
 
     @model_validator(mode="after")

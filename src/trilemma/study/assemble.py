@@ -11,6 +11,7 @@ from trilemma.evaluation.estimates import undefined
 from trilemma.evaluation.measurement import Measurement, on_split
 from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
 from trilemma.evaluation.strength import sees_gradients, strength
+from trilemma.federation.early_stopping import best_round
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 from trilemma.study.combine import diagnostics_key, key_of, pair_keys, why_undefined
 from trilemma.study.facts import facts_key, public_data, public_key
@@ -83,6 +84,7 @@ def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
         seconds=None if secret else row.seconds,
         peak_memory_bytes=None if secret else row.peak_memory_bytes,
         num_parameters=row.num_parameters,
+        chosen_round=best_round(training.spec, row.history),
     )
 
 
