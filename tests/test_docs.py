@@ -24,9 +24,10 @@ from trilemma.data.manifest import load_manifest
 from trilemma.data.records import Dataset, Records
 from trilemma.data.roots import DataRoots
 from trilemma.errors import UserError
+from trilemma.evaluation.bounds import bound
 from trilemma.evaluation.clean import clean_measurements
 from trilemma.evaluation.cost import BATCH_SIZES
-from trilemma.evaluation.diagnostics import diagnose, diagnostic_measurements
+from trilemma.evaluation.diagnostics import diagnostic_measurements, examined, judged
 from trilemma.evaluation.harness import Target, agreement_measurements
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.robustness import robust_auroc, robust_measurements
@@ -217,7 +218,8 @@ def test_every_metric_is_in_the_glossary():
         answers = network(images).detach().numpy()
         target = Target("key", network, network)
         measured += agreement_measurements(target, answers, records)
-        measured += diagnostic_measurements(diagnose(target, records, Budget("linf", 0.1), 0))
+        evidence = examined(target, records, Budget("linf", 0.1), 0)
+        measured += [*diagnostic_measurements(judged(evidence)), bound(evidence)]
     names = {m.metric for m in measured} | {f"latency_batch{size}_seconds" for size in BATCH_SIZES}
     names |= {"file_bytes", "epsilon", "training_seconds"}
     raised = {name for name in names if name.startswith("flag_")}

@@ -16,9 +16,6 @@ from trilemma.evaluation.intervals import wilson
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.significance import LEVEL, TOLERANCE, beyond_a_point
 
-#: The metric of what everything that was tried leaves of the images that the diagnostics look at.
-BOUND = "robust_accuracy_bound"
-
 
 class Known(NamedTuple):
     """What something that was tried leaves of a model.
@@ -42,12 +39,14 @@ def bound(evidence: Evidence) -> Measurement:
     """Returns the share of the diagnosed images that everything leaves right: an upper bound of robust accuracy."""
     left_N = evidence.left_N
     low, high = wilson(int(left_N.sum()), len(left_N))
-    return Measurement(BOUND, float(left_N.mean()), low, high, len(left_N), radius=evidence.budget.radius)
+    return Measurement(
+        "robust_accuracy_bound", float(left_N.mean()), low, high, len(left_N), radius=evidence.budget.radius
+    )
 
 
 def known_from(label: str, norm: Norm, measurements: Iterable[Measurement]) -> list[Known]:
     """Returns what the measurements of an attack, or of diagnostics, say about a model, at every radius."""
-    names = {"robust_accuracy", BOUND}
+    names = {"robust_accuracy", "robust_accuracy_bound"}
     own = [m for m in measurements if m.metric in names and m.source is None and m.client is None]
     return [Known(label, norm, m.radius, m.value, m.n) for m in own if m.value is not None and m.radius is not None]
 
