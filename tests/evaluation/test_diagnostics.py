@@ -13,7 +13,8 @@ from trilemma.attacks.budget import Budget
 from trilemma.compression.export import export_onnx
 from trilemma.compression.fake_quantisation import quantise
 from trilemma.compression.session import Session
-from trilemma.evaluation.diagnostics import diagnose, diagnostic_measurements, judged, withheld
+from trilemma.evaluation.bounds import bound
+from trilemma.evaluation.diagnostics import diagnose, diagnostic_measurements, examined, judged, withheld
 from trilemma.evaluation.evidence import gather, independent_sample
 from trilemma.evaluation.harness import Target
 from trilemma.evaluation.repeats import Repeats
@@ -81,8 +82,13 @@ def honest(name: str) -> Target:
 
 
 @functools.cache
-def fake(name: str) -> Target:
-    plain = small()
+def robust(seed: int = 0):
+    return fakes.adversarially_trained(fakes.small_network(learned(), 3, seed), learned(), BUDGETS["linf"], steps=120)
+
+
+@functools.cache
+def fake(name: str, inside: str = "plain") -> Target:
+    plain = small() if inside == "plain" else robust()
     match name:
         case "constant_predictor":
             return fakes.shipped(fakes.constant_predictor(plain, 1))
@@ -126,6 +132,32 @@ def raised(flags):
 def test_a_fake_is_flagged(name, expected):
     flags = diagnose(fake(name), held_out(), BUDGETS["linf"], 0, num_images=64)
     assert raised(flags) >= expected, withheld(diagnostic_measurements(flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("quantised_input", {"zero_gradient", "large_radius_survives"}),
+        ("true_on_grid", {"fgsm_beats_pgd"}),
+        ("sawtooth", {"large_radius_survives"}),
+        ("saturated", {"logit_scaling"}),
+        ("noisy", {"randomised"}),
+        ("seeded_by_the_batch", {"randomised"}),
+        ("detached", {"zero_gradient"}),
+        ("constant_predictor", {"constant"}),
+    ],
+)
+def test_a_fake_is_flagged_around_a_model_that_is_robust_too(name, expected):
+    """Little is left to find for an attack that gets round the trick."""
+    flags = diagnose(fake(name, "robust"), held_out(), BUDGETS["linf"], 0, num_images=64)
+    assert raised(flags) >= expected, withheld(diagnostic_measurements(flags))
+
+
+def test_the_robust_model_inside_is_not_flagged_and_is_robust():
+    flags = diagnose(fakes.shipped(robust()), held_out(), BUDGETS["linf"], 0, num_images=64)
+    assert withheld(diagnostic_measurements(flags)) == ""
+    left = [bound(examined(fakes.shipped(m), held_out(), BUDGETS["linf"], 0)).value for m in (robust(), small())]
+    assert left[0] > left[1] + 0.1
 
 
 @pytest.mark.parametrize(
