@@ -58,8 +58,8 @@ everything; {minutes} minutes of one core ({machine}).
 - *Clean*: the share of the images that is answered rightly.
 - *PGD-20*: what is left of it by 20 steps up the cross entropy along the model's own gradients, as it is often
   evaluated: the attack is its own judge, and the model is asked once.
-- *All attacks*: what is left of that by the diagnostics' attacks (PGD on both losses, Square), and by images that fool
-  the network inside: those of quick AutoAttack and those of PGD-40 on the margin. Still an upper bound.
+- *All attacks*: what is left of that by the diagnostics' attacks (PGD, APGD, Square), and by images that fool the
+  network inside: those of quick AutoAttack and those of PGD-40 on the margin. Still an upper bound.
 
 ## Honest models
 
@@ -199,8 +199,7 @@ def seen(name: str, target: Target, fooling_NCHW: list[Tensor], records: Records
     (naive_NK,) = attacked_logits(followed, [target], partial(pgd, steps=20), BUDGET, records, SEED)
     naive_N = clean_N & (predictions(naive_NK) == records.labels_N)
     evidence = gather(target, records, BUDGET, SEED)  # what `diagnose` judges
-    broken = [evidence.white_N, evidence.longer_N, *evidence.black_boxes.values()]
-    stands_N = naive_N & ~np.any(broken, axis=0)
+    stands_N = naive_N & evidence.left_N
     for x_NCHW in fooling_NCHW:
         logits_NK = torch.cat([target.predict(part_BCHW) for part_BCHW in x_NCHW.split(64)]).numpy()
         stands_N &= predictions(logits_NK) == records.labels_N

@@ -19,7 +19,17 @@ from helpers.gratings import gratings, hardened
 from trilemma.attacks.budget import Budget, Norm
 from trilemma.attacks.evasion import autoattack
 from trilemma.attacks.evasion.attack import Attack
-from trilemma.attacks.evasion.specs import Apgd, AutoAttack, CarliniWagner, DeepFool, Fgsm, MiFgsm, Pgd, Square
+from trilemma.attacks.evasion.specs import (
+    Apgd,
+    AutoAttack,
+    CarliniWagner,
+    DeepFool,
+    Fgsm,
+    HopSkipJump,
+    MiFgsm,
+    Pgd,
+    Square,
+)
 from trilemma.evaluation.harness import Target, judge
 from trilemma.evaluation.metrics import predictions
 from trilemma.evaluation.robustness import worst_logits
@@ -80,6 +90,8 @@ APGD = partial(climb, "AutoProjectedGradientDescent", 30, 2.0, nb_random_init=1)
 CW = partial(toolbox.attacked, "CarliniL2Method", max_iter=10, binary_search_steps=6)
 #: It asks twice before its first step.
 SQUARE = partial(toolbox.attacked, "SquareAttack", max_iter=298, p_init=0.8)
+#: Its probes are 100 sqrt(t) in the t-th of 10 rounds, some 2250 of our 2500 questions; starts and searches come on top.
+DECISIONS = partial(toolbox.attacked, "HopSkipJump", max_iter=10, init_eval=100, init_size=100)
 ENSEMBLE = partial(toolbox.ensemble, steps=ENSEMBLE_STEPS, queries=ENSEMBLE_QUERIES)
 
 CASES = {
@@ -94,6 +106,7 @@ CASES = {
     ),
     "deepfool-l2": Case(DeepFool(radii=R, norm="l2"), partial(toolbox.attacked, "DeepFool", max_iter=50, epsilon=0.02)),
     "carlini-wagner-l2": Case(CarliniWagner(radii=R, steps=50), CW, slow=(3, 10)),
+    "hop_skip_jump-l2": Case(HopSkipJump(radii=R, norm="l2"), DECISIONS, wider=1.25, slow=(2, 3, 10)),
     "square": Case(Square(radii=R, queries=300), SQUARE, wider=1.4, slow=(10,)),
     "autoattack": Case(AutoAttack(radii=R), ENSEMBLE, slow=(10,)),
 }

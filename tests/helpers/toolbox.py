@@ -43,6 +43,8 @@ def attacked(name: str, classifier: Classifier, x: Tensor, y: Tensor, budget: Bu
     """
     if name in ("DeepFool", "CarliniL2Method"):
         ball: dict[str, Any] = {}
+    elif name == "HopSkipJump":
+        ball = {"norm": np.inf if budget.norm == "linf" else 2}
     else:
         ball = {"norm": np.inf if budget.norm == "linf" else 2, "eps": budget.radius}
     if name != "FastGradientMethod":
@@ -82,10 +84,21 @@ def ensemble(
     return _generated(art.AutoAttack(model, **ball, attacks=parts, batch_size=len(x)), x, y, seed)
 
 
+class SinglePrecision(nn.Module):
+    """Takes doubles too, which some of the toolbox's attacks make of an image."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(x.float())
+
+
 def estimator(classifier: Classifier, x: Tensor):
     """Returns the toolbox's view of a classifier."""
     return _imported("estimators.classification").PyTorchClassifier(
-        model=classifier,
+        model=SinglePrecision(classifier),
         loss=nn.CrossEntropyLoss(),
         input_shape=tuple(x.shape[1:]),
         nb_classes=classifier.num_classes,
