@@ -28,8 +28,9 @@ from trilemma.compression.session import Session
 from trilemma.data.records import Records
 from trilemma.data.roots import default_roots
 from trilemma.data.specs import Medmnist
-from trilemma.evaluation.diagnostics import Flag, judged
+from trilemma.evaluation.diagnostics import judged
 from trilemma.evaluation.evidence import gather, independent_sample
+from trilemma.evaluation.flags import Flag
 from trilemma.evaluation.harness import Target, attack_images, attacked_logits, clean_logits
 from trilemma.evaluation.metrics import predictions
 from trilemma.models.classifier import Classifier

@@ -90,7 +90,7 @@ APGD = partial(climb, "AutoProjectedGradientDescent", 30, 2.0, nb_random_init=1)
 CW = partial(toolbox.attacked, "CarliniL2Method", max_iter=10, binary_search_steps=6)
 #: It asks twice before its first step.
 SQUARE = partial(toolbox.attacked, "SquareAttack", max_iter=298, p_init=0.8)
-#: Its probes are 100 sqrt(t) in the t-th of 10 rounds, some 2250 of our 2500 questions; starts and searches come on top.
+#: Its probes are 100 sqrt(t) in the t-th of 10 rounds, some 2250 of our 2500 questions, without starts and searches.
 DECISIONS = partial(toolbox.attacked, "HopSkipJump", max_iter=10, init_eval=100, init_size=100)
 ENSEMBLE = partial(toolbox.ensemble, steps=ENSEMBLE_STEPS, queries=ENSEMBLE_QUERIES)
 

@@ -116,14 +116,20 @@ def flagged(results: Results, artefacts: list[Artefact], name: str, evidence: st
     return replace(results, evaluated=tuple(change(e) for e in results.evaluated))
 
 
-def bounded(results: Results, artefacts: list[Artefact], evaluation: str, reason: str) -> Results:
-    """Returns the results with all that an attack measured of some artefacts marked as too high."""
+def bounded(results: Results, artefacts: list[Artefact], evaluation: str, reason: str, known: float = 0.1) -> Results:
+    """Returns the results with the robust accuracies of an attack on some artefacts marked as too high."""
     keys = {artefact.key for artefact in artefacts}
 
     def change(e: Evaluated) -> Evaluated:
         if e.artefact_key not in keys or e.evaluation != evaluation:
             return e
-        return replace(e, measurements=tuple(m._replace(status="bound", reason=reason) for m in e.measurements))
+        changed = []
+        for m in e.measurements:
+            marks = m.metric in ("robust_accuracy", "robust_accuracy_among_correct")
+            changed.append(m._replace(status="bound", reason=reason) if marks else m)
+            if m.metric == "robust_accuracy":
+                changed.append(Measurement("robust_accuracy_known", known, n=N, radius=m.radius, reason=reason))
+        return replace(e, measurements=tuple(changed))
 
     return replace(results, evaluated=tuple(map(change, results.evaluated)))
 

@@ -333,22 +333,29 @@ WHY = "an upper bound: “PGD-20 Linf” leaves less"
 
 
 def test_a_number_that_is_known_to_be_too_high_is_marked_everywhere(tmp_path):
-    results = build({PLAIN: MADE[PLAIN], BOTH: MADE[BOTH]})
-    results = bounded(results, pick(results, BOTH, "int8")[:1], "all at once Linf", WHY)
+    results = build({PLAIN: MADE[PLAIN], PGD: MADE[PGD], BOTH: MADE[BOTH]})
+    results = bounded(results, pick(results, PGD, "fp32")[:1], "all at once Linf", WHY)
     by = headline(configuration_rows(results))
     assert by.evaluation == "all at once Linf"  # the strongest, even so
-    row = row_of(results, f"{BOTH}, int8")
-    robust = row.under(by.evaluation, by.radius).robust
-    assert (robust.bound, robust.reason) == (True, WHY)
-    assert not row_of(results, f"{BOTH}, fp32").under(by.evaluation, by.radius).robust.bound
+    robust = row_of(results, f"{PGD}, fp32").under(by.evaluation, by.radius).robust
+    other = dict(robust.by_seed)[1]
+    assert robust.bound and robust.least == pytest.approx((0.1 + other) / 2)  # of one training 10 % are left
+    assert robust.reason == f"{WHY} of 1 of 2 trainings; with that {numbers.percent(robust.least)} are left"
+    assert not row_of(results, f"{PGD}, int8").under(by.evaluation, by.radius).robust.bound
     titles, rows = written_rows(results)
     cells = {(r[0], r[1]): r[titles.index("robust (all at once Linf, 8/255)")] for r in rows}
-    assert [where for where, cell in cells.items() if cell.startswith("≤\u00a0")] == [(BOTH, "int8")]
+    assert [where for where, cell in cells.items() if cell.startswith("≤\u00a0")] == [(PGD, "fp32")]
+    assert cells[PGD, "fp32"].endswith(" ↓")  # what is left is below the majority class
     assert "≤ an upper bound: something else that was tried leaves less." in legend(results)
-    (finding,) = [finding for finding in answer(results) if finding.topic == "Upper bounds"]
-    assert f"“{BOTH}, int8”: {WHY}." in finding.text
-    assert f"≤\u00a0{numbers.percent(robust.value)}" in html.unescape(report_html(results))
-    assert WHY in html.unescape(report_html(results))
+    findings = {finding.topic: finding.text for finding in answer(results)}
+    assert f"“{PGD}, fp32”: {robust.reason}." in findings["Upper bounds"]
+    comparison = next(text for topic, text in findings.items() if "adversarial training" in topic)
+    assert f"≤\u00a0{numbers.percent(robust.value)} against" in comparison
+    assert "and the larger one is known to be too high." in comparison
+    assert "so it is not robust" in comparison
+    markup = html.unescape(report_html(results))
+    assert f"≤\u00a0{numbers.percent(robust.value)}" in markup and robust.reason in markup
+    assert f"Known to be too high at some radius: “{PGD}, fp32”." in markup
     assert "Upper bounds" not in {finding.topic for finding in answer(build())}
     export_csv(results, tmp_path / "out.csv")
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
@@ -357,13 +364,31 @@ def test_a_number_that_is_known_to_be_too_high_is_marked_everywhere(tmp_path):
     assert all(row["value"] for row in marked)
     export_latex(results, tmp_path / "t.tex")
     assert r"$\leq$" in (tmp_path / "t.tex").read_text(encoding="utf-8")
+    export_json(results, tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    row = next(r for r in content["configurations"] if (r["configuration"], r["compression"]) == (PGD, "fp32"))
+    assert (row["robust_bound_because"], row["robust_accuracy_known"]) == (robust.reason, robust.least)
+    assert content["configurations"][0]["robust_bound_because"] == ""
 
 
-def test_what_may_be_too_high_wins_with_a_perhaps_only():
+def test_a_row_is_judged_by_the_least_that_is_known():
     results = build(WINNING)
     assert verdict_of(results).startswith("Yes, on these data")
-    results = bounded(results, list(results.artefacts), "all at once Linf", WHY)
-    assert verdict_of(results).startswith("Perhaps: another attack leaves less, but")
+    title = f"{BOTH}, int8"
+    by = headline(configuration_rows(results))
+    below = bounded(results, list(results.artefacts), "all at once Linf", WHY, known=0.1)
+    assert verdict_of(below).startswith("No.")  # all are below a constant
+    assert point(row_of(below, title), by).robust == 0.0
+    above = bounded(results, list(results.artefacts), "all at once Linf", WHY, known=0.7)
+    assert verdict_of(above).startswith("Perhaps: another attack leaves less, but")
+    assert point(row_of(above, title), by).robust == pytest.approx(0.7)
+
+
+def test_where_the_smaller_side_is_too_high_the_difference_is_shown():
+    results = build({PLAIN: MADE[PLAIN], PGD: MADE[PGD]})
+    results = bounded(results, pick(results, PLAIN, "fp32"), "all at once Linf", WHY, known=0.0)
+    text = next(finding.text for finding in answer(results) if "adversarial training" in finding.topic)
+    assert "against ≤\u00a01.0\u00a0%" in text and "points more" in text
 
 
 def test_all_at_once_takes_its_auroc_from_the_attack_of_its_norm_that_measured_it():

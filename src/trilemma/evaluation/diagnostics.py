@@ -9,22 +9,24 @@ independent:
   256. What the second attack leaves of what the first one broke does not enter: a good attack breaks what any other
   breaks, so that one that leaves 8 images to another is not good, however many the other leaves to it. Where a model
   has nothing left to break, k is 0 and nothing is raised.
-- *More than a tenth.* Of the images that an attack may change at will, one that works leaves a tenth at the most: a
-  binomial of n and .1, which 13 of 64 exceed.
+- *More than a tenth.* Of the images that an attack may change at will, one that works leaves a tenth at the most; of
+  trained models it left none. No test: that many were left.
 - *Farther than noise.* If a batch's composition mattered no more than noise of half a grey level, the distances of m
   answers from the first ones would be exchangeable with those that the noise causes, and the k largest of all 2 m would
   all be due to the composition with a probability of about 2^-k only.
-- *Beyond rounding.* Two answers to the same question may differ by float rounding only: 1e-4 of the largest logit.
+- *Beyond rounding.* Two answers to the same question may differ by float rounding only: 1e-4 of the largest logit, once
+  what an image's logits have in common is taken away.
 - *Sign test.* Where two attacks of equal cost are compared that may each win by chance (Dixon and Mood, 1946).
 
-Ten flags are raised by up to two tests each, so that a model that sits on the edge of every null hypothesis would be
-flagged with a probability of at most 15 %. Honest models are far from these edges.
+Where more images stand than are followed, the test of a point is also made of those among them that were drawn, of
+which 3 of 32 are too many: they stand for all that are left. Ten flags are raised by up to three tests each; honest
+models are far from the edges of all of them.
 
 References: Carlini et al. (2019), "On Evaluating Adversarial Robustness"; Athalye, Carlini and Wagner (2018); Tramèr et
 al. (2020).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -33,59 +35,32 @@ from scipy.stats import binom
 
 from trilemma.attacks.budget import Budget
 from trilemma.data.records import Records
-from trilemma.evaluation.evidence import STEPS, THOROUGH_STEPS, Evidence, gather, independent_sample
-from trilemma.evaluation.harness import Target
+from trilemma.evaluation.evidence import STEPS, THOROUGH_STEPS, Evidence, gather, independent_sample, worth
+from trilemma.evaluation.flags import Flag
+from trilemma.evaluation.harness import Target, clean_logits
 from trilemma.evaluation.intervals import wilson
-from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.metrics import Floats, Integers, majority_class, predictions
 from trilemma.evaluation.repeats import Repeats
 from trilemma.evaluation.significance import LEVEL, TOLERANCE, all_from_one, beyond_a_point, p_value
 
 #: Share of the images that an attack without any bound may leave and still work.
 BOUNDLESS = 0.1
-_ROUNDING = 1e-4
-#: What the metric of every flag begins with.
-FLAG = "flag_"
-
-
-class Flag(NamedTuple):
-    """One sign of robustness that is not there.
-
-    Attributes:
-        name: Such as "zero_gradient".
-        raised: Whether it was seen.
-        evidence: What was seen, with numbers, and where it is raised what that means.
-        value: The share of images that the flag speaks of.
-        low: Lower end of Wilson's 95 % interval.
-        high: Upper end.
-        n: Images behind it.
-        radius: Of the budget, in pixel units.
-    """
-
-    name: str
-    raised: bool
-    evidence: str
-    value: float
-    low: float
-    high: float
-    n: int
-    radius: float
 
 
 class Tried(NamedTuple):
-    """What else was tried on a model within the budget: logits on the whole test split, one array for each attack.
+    """What else was tried on a model within the budget: name of an attack -> logits on the whole test split.
 
     Attributes:
         white: Under attacks that follow its gradients.
         elsewhere: Under black boxes, and on images made on other models.
     """
 
-    white: tuple[Floats, ...] = ()
-    elsewhere: tuple[Floats, ...] = ()
+    white: Mapping[str, Floats]
+    elsewhere: Mapping[str, Floats]
 
 
 #: The diagnostics stand alone.
-NOTHING_ELSE = Tried()
+NOTHING_ELSE = Tried({}, {})
 
 
 def diagnose(
@@ -130,15 +105,16 @@ def examined(
     if not len(positions_M):
         return None
     evidence = gather(target, test.subset(positions_M), budget, seed)
-    white_M, elsewhere_M = (_any_errs(evidence, logits, positions_M) for logits in tried)
-    evidence = evidence._replace(tried_N=white_M | elsewhere_M)
+    white_M, elsewhere_M = (_any_errs(evidence, logits.values(), positions_M) for logits in tried)
+    whole = worth(clean_logits(target, test), test)
+    evidence = evidence._replace(tried_white_N=white_M, tried_N=white_M | elsewhere_M, whole=whole)
     if tried.elsewhere:
         missed_M = elsewhere_M & ~evidence.white_N & ~white_M
         evidence = evidence._replace(black_boxes=evidence.black_boxes | {"what else was tried": missed_M})
     return evidence
 
 
-def _any_errs(evidence: Evidence, logits: Sequence[Floats], positions_M: Integers) -> NDArray[np.bool_]:
+def _any_errs(evidence: Evidence, logits: Iterable[Floats], positions_M: Integers) -> NDArray[np.bool_]:
     """Returns on which of the evidence's images the model errs under any of some attacks on the whole split."""
     found_M = np.zeros(len(positions_M), dtype=bool)
     for logits_NK in logits:
@@ -160,26 +136,6 @@ def judged(evidence: Evidence) -> list[Flag]:
         constant(evidence),
         twin_disagrees(evidence),
     ]
-
-
-def diagnostic_measurements(flags: Sequence[Flag]) -> list[Measurement]:
-    """Returns a measurement per flag: 1 where it is raised, else 0, with the evidence as the reason."""
-    return [
-        Measurement(
-            f"{FLAG}{flag.name}", float(flag.raised), n=flag.n, unit="count", reason=flag.evidence, radius=flag.radius
-        )
-        for flag in flags
-    ]
-
-
-def withheld(measurements: Iterable[Measurement]) -> str:
-    """Returns why robust accuracies must not be reported, from the measurements of some flags, or "" where they may.
-
-    Every flag withholds. `logit_scaling` alone would leave an accuracy under margin losses as it is, but whoever
-    repeats the study with the usual cross entropy measures another one, so that it withholds too.
-    """
-    raised = [m for m in measurements if m.metric.startswith(FLAG) and m.value]
-    return "; ".join(f"{m.metric.removeprefix(FLAG)}: {m.reason}" for m in raised)
 
 
 def zero_gradient(evidence: Evidence) -> Flag:
@@ -211,15 +167,15 @@ def black_box_beats_white_box(evidence: Evidence) -> Flag:
     without the model's gradients.
     """
     counts = {name: int(errors_N.sum()) for name, errors_N in evidence.black_boxes.items()}
-    count = int(np.any(list(evidence.black_boxes.values()), axis=0).sum())
+    broken_N = np.any(list(evidence.black_boxes.values()), axis=0)
     each = " and ".join(f"{name} breaks {number}" for name, number in counts.items())
-    seen = f"{each} of {_nearest(evidence)}"
+    seen = f"{each} of {_chosen(evidence)}"
     meaning = "whoever does not know the gradients does better than who knows them"
-    return _beyond_a_point(evidence, "black_box_beats_white_box", count, len(evidence.labels_N), seen, meaning)
+    return _of_followed(evidence, "black_box_beats_white_box", broken_N, evidence.drawn_M, seen, meaning)
 
 
 def large_radius_survives(evidence: Evidence) -> Flag:
-    """Raised where more than a tenth of the images withstand an attack that may draw any image at all.
+    """Raised where more than a tenth of the images withstands an attack that may draw any image at all.
 
     Every class that a model ever answers is then within reach, so that an attack that works leaves next to nothing:
     far less than the chance of 1 / classes, which one that works on every other image would reach. It starts at the
@@ -227,12 +183,12 @@ def large_radius_survives(evidence: Evidence) -> Flag:
     """
     n = len(evidence.anything_MK)
     stands = int((predictions(evidence.anything_MK) == evidence.labels_N[:n]).sum())
-    probability = float(binom.sf(stands - 1, n, BOUNDLESS))
     seen = (
         f"where every image is allowed, {stands} of {n} still withstand PGD-{STEPS} from the clean image, and one that "
-        f"works leaves no more than {n * BOUNDLESS:.0f} ({p_value(probability)})"
+        f"works leaves no more than {n * BOUNDLESS:.0f}"
     )
-    return _flag(evidence, "large_radius_survives", probability < LEVEL, stands, n, seen, "the attack does not work")
+    raised = stands > n * BOUNDLESS
+    return _flag(evidence, "large_radius_survives", raised, stands, n, seen, "the attack does not work")
 
 
 def rises_with_radius(evidence: Evidence) -> Flag:
@@ -242,23 +198,31 @@ def rises_with_radius(evidence: Evidence) -> Flag:
     radius to the radius and from the radius to twice the radius.
     """
     half, twice = int(evidence.smaller_N.sum()), int(evidence.larger_stands_N.sum())
-    n, tried = len(evidence.labels_N), evidence.num_larger
     seen = (
-        f"{half} of {_nearest(evidence)} break within half the radius, and {twice} of {tried} that break within the "
-        f"radius stand within twice the radius"
+        f"{half} of {_chosen(evidence)} break within half the radius, and {twice} of {evidence.num_larger} that break "
+        f"within the radius stand within twice the radius"
     )
+    worse_N, drawn_M = (evidence.smaller_N, evidence.drawn_M) if half >= twice else (evidence.larger_stands_N, None)
     meaning = "the attack loses its way where it may go farther"
-    return _beyond_a_point(evidence, "rises_with_radius", max(half, twice), n, seen, meaning)
+    return _of_followed(evidence, "rises_with_radius", worse_N, drawn_M, seen, meaning)
 
 
 def not_converged(evidence: Evidence) -> Flag:
-    """Raised where twice the steps, from other starts, break more than a point of images that the white box leaves.
+    """Raised where more steps, or the study's own attacks with gradients, break more than a point that it leaves.
 
-    No attack on a network converges to the last image; one that would still take a point away has not converged.
+    No attack on a network converges to the last image; one that would still take a point away has not converged. Of the
+    study's attacks AutoAttack counts whole, although it breaks some images without gradients.
     """
-    count, n = int(evidence.longer_N.sum()), len(evidence.labels_N)
-    seen = f"APGD-{2 * THOROUGH_STEPS} from other starts breaks {count} of {_nearest(evidence)}"
-    return _beyond_a_point(evidence, "not_converged", count, n, seen, "still more steps would break still more")
+    longer, tried = int(evidence.longer_N.sum()), int((evidence.tried_white_N & ~evidence.white_N).sum())
+    seen = (
+        f"APGD-{2 * THOROUGH_STEPS} from other starts breaks {longer} of {_chosen(evidence)}, and what else was tried "
+        f"breaks {tried} of all that it leaves"
+    )
+    drawn_M = np.intersect1d(evidence.drawn_M, evidence.longest_M)
+    meaning = "more attacks would break still more"
+    if tried > longer:
+        return _beyond_a_point(evidence, "not_converged", tried, len(evidence.labels_N), seen, meaning)
+    return _of_followed(evidence, "not_converged", evidence.longer_N, drawn_M, seen, meaning)
 
 
 def logit_scaling(evidence: Evidence) -> Flag:
@@ -312,24 +276,24 @@ def randomised(evidence: Evidence) -> Flag:
 def constant(evidence: Evidence) -> Flag:
     """Raised where the model hardly answers anything but one class, clean or attacked.
 
-    That is: accuracy at or below the majority class; or no evidence that more than a point of the answers differ from
-    the most frequent one; or both under attack, in a model that leans to its most frequent answer already when clean:
-    by the sign test it gives it wrongly more often than it withholds it wrongly. A model without that lean which an
-    attack drives to one answer is no constant, it is broken, and its robust accuracy says so. The accuracies are
-    compared as they are: it is on the model to be better than a constant.
+    That is: accuracy on the whole test split at or below the majority class; or no evidence that more than a point of
+    the answers differ from the most frequent one; or both under attack, in a model that leans to its most frequent
+    answer already when clean: by the sign test it gives it wrongly more often than it withholds it wrongly. A model
+    without that lean which an attack drives to one answer is no constant, it is broken, and its robust accuracy says
+    so. Accuracy and majority class are compared as they are: it is on the model to be better than a constant.
     """
     labels_N, answers_N, n = evidence.labels_N, predictions(evidence.clean_NK), len(evidence.labels_N)
-    majority = int((labels_N == majority_class(labels_N)).sum())
-    right, robust = n - int(evidence.errors(evidence.clean_NK).sum()), n - int(evidence.white_N.sum())
+    majority, robust = int((labels_N == majority_class(labels_N)).sum()), n - int(evidence.white_N.sum())
+    accuracy, always = evidence.whole
     others, attacked = _other_answers(answers_N), _other_answers(predictions(evidence.white_NK))
     collapses = robust <= majority and not beyond_a_point(attacked, n) and _leans(answers_N, labels_N)
-    raised = right <= majority or not beyond_a_point(others, n) or collapses
+    raised = accuracy <= always or not beyond_a_point(others, n) or collapses
     seen = (
-        f"{right} of {n} images are answered rightly, {robust} under attack, where always answering the most frequent "
-        f"class would reach {majority}; {others} have another answer than the most frequent one, {attacked} under "
-        f"attack"
+        f"the accuracy is {accuracy:.3f} where always answering the most frequent class would reach {always:.3f}; "
+        f"{robust} of {n} images withstand the white box, of which that class has {majority}; {others} have another "
+        f"answer than the most frequent one, {attacked} under attack"
     )
-    useless = right <= majority and beyond_a_point(others, n)
+    useless = accuracy <= always and beyond_a_point(others, n)
     meaning = "it is of no more use than a constant" if useless else "a constant cannot be moved, nor is it of use"
     return _flag(evidence, "constant", raised, n - others, n, seen, meaning)
 
@@ -357,6 +321,25 @@ def _beyond_a_point(evidence: Evidence, name: str, count: int, n: int, seen: str
     return _flag(evidence, name, beyond_a_point(count, n), count, n, f"{seen} ({p_value(probability)})", meaning)
 
 
+def _of_followed(
+    evidence: Evidence,
+    name: str,
+    found_N: NDArray[np.bool_],
+    drawn_M: NDArray[np.integer] | None,
+    seen: str,
+    meaning: str,
+) -> Flag:
+    """Raises a flag where more than a point of all images was found, or of those that were drawn and stand for more."""
+    count, n = int(found_N.sum()), len(found_N)
+    drawn_M = np.zeros(0, dtype=int) if drawn_M is None else drawn_M
+    of_drawn, drawn = int(found_N[drawn_M].sum()), len(drawn_M)
+    if not drawn or beyond_a_point(count, n) or not beyond_a_point(of_drawn, drawn):
+        return _beyond_a_point(evidence, name, count, n, seen, meaning)
+    probability = p_value(float(binom.sf(of_drawn - 1, drawn, TOLERANCE)))
+    seen = f"{seen}, {of_drawn} of them among the {drawn} drawn ({probability})"
+    return _flag(evidence, name, True, of_drawn, drawn, seen, meaning)
+
+
 def _flag(evidence: Evidence, name: str, raised: bool, count: int, n: int, seen: str, meaning: str) -> Flag:
     low, high = wilson(count, n)
     text = f"{seen}: {meaning}" if raised else seen
@@ -365,12 +348,12 @@ def _flag(evidence: Evidence, name: str, raised: bool, count: int, n: int, seen:
 
 def _beyond_rounding(moved_M: Floats, repeats: Repeats) -> int:
     """Returns how many answers moved by more than rounding explains."""
-    return int((moved_M > _ROUNDING * repeats.scale).sum())
+    return int((moved_M > repeats.rounding).sum())
 
 
 def _farther_than_noise(repeats: Repeats) -> int:
     """Returns how many answers moved farther in another batch than any did under noise, and than rounding explains."""
-    limit = max(float(repeats.nudged_M.max()), _ROUNDING * repeats.scale)
+    limit = max(float(repeats.nudged_M.max()), repeats.rounding)
     return int((repeats.regrouped_M > limit).sum())
 
 
@@ -387,7 +370,7 @@ def _leans(answers_N: Integers, labels_N: Integers) -> bool:
     return bool(binom.sf(given - 1, given + missed, 0.5) < LEVEL)
 
 
-def _nearest(evidence: Evidence) -> str:
-    left, nearest = int((~evidence.white_N).sum()), len(evidence.nearest_M)
+def _chosen(evidence: Evidence) -> str:
+    left, chosen = int((~evidence.white_N).sum()), len(evidence.chosen_M)
     remaining = f"the {left} among {len(evidence.labels_N)} images that the white box leaves"
-    return remaining if left == nearest else f"the {nearest} nearest to an error of {remaining}"
+    return remaining if left == chosen else f"{chosen} (half of them drawn, half nearest to an error) of {remaining}"

@@ -1,9 +1,10 @@
 """What `diagnostics` judges: every answer of a model that can show that its robustness is not there.
 
-The white box is the worst case, image by image, of PGD-20 on the cross entropy, PGD-20 on the margin and, on the 64
-images nearest to an error that these left, APGD-100 on the margin towards the two likeliest wrong classes: steps that
-halve themselves find on a steep model what steps of one length do not. What goes on from there (longer runs, black
-boxes) is tried on those of the 64 that still stand: what it finds is a lower bound for all images.
+The white box is the worst case, image by image, of PGD-20 on the cross entropy, APGD-40 on the margin and, on 64 of the
+images that these left, APGD-100 on the margin towards the two likeliest wrong classes: steps that halve themselves find
+on a steep model what steps of one length do not. What goes on from there (longer runs, black boxes) is tried on those
+of the 64 that still stand: what it finds is a lower bound for all images. Half of the 64 are those nearest to an error,
+by the model's own answers; the other half are drawn, for a model that hides a way makes what lies beyond it look far.
 
 All images are made legal again and judged by the model that ships. Of each patient one image is used, so that images
 are independent and exact binomial tests apply.
@@ -35,13 +36,15 @@ from trilemma.evaluation.harness import (
     judge,
     legal,
 )
-from trilemma.evaluation.metrics import Floats, predictions
+from trilemma.evaluation.metrics import Floats, majority_class, predictions
 from trilemma.evaluation.repeats import Repeats, repeated
 from trilemma.models.classifier import Classifier
 from trilemma.randomness import derive_seed, numpy_generator
 
 #: Gradient steps of the white box.
 STEPS = 20
+#: Steps of APGD on all images.
+QUICK_STEPS = 40
 #: Steps of APGD where these gave up, with which it no longer depends on their number.
 THOROUGH_STEPS = 100
 #: Wrong classes that APGD aims at, at most.
@@ -49,7 +52,7 @@ TARGETS = 2
 #: Questions per image of the black box.
 QUERIES = 300
 #: Images that go on where the first two attacks gave up, that are asked twice, and that may be changed at will.
-NEAREST = 64
+CHOSEN = 64
 #: Images on which the longest run is made.
 _LONGEST = 32
 Flags = NDArray[np.bool_]
@@ -71,16 +74,21 @@ class Evidence(NamedTuple):
         twin_fgsm_NK: The twin's on the same images.
         no_gradient_N: Where the gradient of the twin's margin with respect to the image is zero or not finite.
         white_NK: The shipped model's logits under the white box.
-        nearest_M: Positions of the images that went on from the white box.
-        entropy_left_M: Positions of the nearest images that the cross entropy left.
+        chosen_M: Positions of the images that went on from the white box.
+        drawn_M: Of these the ones that were drawn, and stand for all that the white box leaves; none where all went on.
+        longest_M: Of these, drawn or not, the ones on which the longest run was made.
+        entropy_left_M: Positions of chosen images that the cross entropy left.
         rescaled_N: Errors on these under PGD on the cross entropy of rescaled logits.
         unscaled_N: Errors on these under PGD on the cross entropy again, from the same starts as with rescaled logits.
-        margin_N: Errors under PGD-20 on the margin, on the images that PGD-20 on the cross entropy left.
-        longer_N: Errors under APGD-200 from other starts, on at most 32 of the nearest.
-        black_boxes: Name of a black box -> errors under it where the white box leaves the image: on the nearest, and of
+        margin_N: Errors under APGD-40 on the margin, on the images that PGD-20 on the cross entropy left.
+        longer_N: Errors under APGD-200 from other starts, on at most 32 of them.
+        black_boxes: Name of a black box -> errors under it where the white box leaves the image: on the chosen, and of
             what else was tried on the model on all images.
+        whole: Accuracy of the model on the whole test split as far as is known, and what always answering its most
+            frequent class reaches.
+        tried_white_N: Of the next, those under attacks that follow gradients.
         tried_N: Errors under what else the study tried on the model within the budget; False where nothing was.
-        smaller_N: Errors under PGD-20 on the margin within half the radius, on the nearest.
+        smaller_N: Errors under PGD-20 on the margin within half the radius, on the chosen.
         larger_stands_N: Images, right when clean, that PGD-20 breaks within the radius and not within twice the radius.
         num_larger: Images on which that was tried.
         anything_MK: The shipped model's logits on what the first images become where every image is allowed.
@@ -99,12 +107,16 @@ class Evidence(NamedTuple):
     no_gradient_N: Flags
     margin_N: Flags
     white_NK: Floats
-    nearest_M: NDArray[np.integer]
+    chosen_M: NDArray[np.integer]
+    drawn_M: NDArray[np.integer]
+    longest_M: NDArray[np.integer]
     entropy_left_M: NDArray[np.integer]
     rescaled_N: Flags
     unscaled_N: Flags
     longer_N: Flags
     black_boxes: dict[str, Flags]
+    whole: tuple[float, float]
+    tried_white_N: Flags
     tried_N: Flags
     smaller_N: Flags
     larger_stands_N: Flags
@@ -120,14 +132,14 @@ class Evidence(NamedTuple):
 
     @property
     def white_N(self) -> Flags:
-        """Returns on which images the model errs under the white box."""
-        return self.errors(self.white_NK)
+        """Returns on which images the model errs, clean or under the white box."""
+        return self.errors(self.white_NK) | self.errors(self.clean_NK)
 
     @property
     def left_N(self) -> Flags:
         """Returns which images the model answers rightly under everything that was tried within the budget."""
-        within = (self.white_N, self.errors(self.fgsm_NK), self.rescaled_N, self.longer_N, self.tried_N, self.smaller_N)
-        return ~np.any([*within, *self.black_boxes.values()], axis=0)
+        within = (self.errors(self.fgsm_NK), self.rescaled_N, self.unscaled_N, self.longer_N, self.smaller_N)
+        return ~np.any([self.white_N, self.tried_N, *within, *self.black_boxes.values()], axis=0)
 
 
 def independent_sample(test: Records, num_images: int, seed: int) -> NDArray[np.integer]:
@@ -137,10 +149,16 @@ def independent_sample(test: Records, num_images: int, seed: int) -> NDArray[np.
     return np.sort(order_N[np.sort(first_U)[:num_images]])
 
 
+def worth(clean_NK: Floats, records: Records) -> tuple[float, float]:
+    """Returns the accuracy of clean answers, and that of always answering the most frequent class."""
+    majority = records.labels_N == majority_class(records.labels_N)
+    return float((predictions(clean_NK) == records.labels_N).mean()), float(majority.mean())
+
+
 def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evidence:
     """Returns the evidence.
 
-    Cost: for N images at most 40 N + 26000 gradient steps of one image (from three classes on 40 N + 46000), 300 * 64
+    Cost: for N images at most 60 N + 26000 gradient steps of one image (from three classes on 60 N + 46000), 300 * 64
     questions to the shipped model, and 1300 steps for each surrogate; less where images break.
 
     Args:
@@ -154,14 +172,14 @@ def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evide
     fgsm_NK, twin_fgsm_NK = _both_logits(target, twin, fgsm, budget, records, seed)
     entropy_NK = _logits(target, twin, _pgd(target), budget, records, seed)
     entropy_N = predictions(entropy_NK) != records.labels_N
-    entropy_left_M = _nearest(entropy_NK, records.labels_N, ~entropy_N, NEAREST)
+    choose = partial(_chosen, labels_N=records.labels_N, seed=seed)
+    entropy_left_M, _ = choose(entropy_NK, ~entropy_N, CHOSEN)
     quick_NK, white_NK = _white_box(target, twin, records, budget, entropy_NK, seed)
     quick_N, white_N = (predictions(logits_NK) != records.labels_N for logits_NK in (quick_NK, white_NK))
-    tried_M = _nearest(quick_NK, records.labels_N, ~quick_N, NEAREST)
-    nearest_M = tried_M[~white_N[tried_M]]
-    longest_M = nearest_M[_nearest(white_NK[nearest_M], records.labels_N[nearest_M], ~white_N[nearest_M], _LONGEST)]
+    chosen_M, drawn_M = (index_M[~white_N[index_M]] for index_M in choose(quick_NK, ~quick_N, CHOSEN))
+    longest_M, _ = choose(white_NK, np.isin(np.arange(len(records)), chosen_M), _LONGEST)
     further = partial(_errors_at, target, records=records, seed=derive_seed(seed, "further"))
-    first = records.subset(np.arange(min(len(records), NEAREST)))
+    first = records.subset(np.arange(min(len(records), CHOSEN)))
     anything_MK, twin_anything_MK = _both_logits(target, twin, _from_clean, _everything(budget, records), first, seed)
     larger_stands_N, num_larger = _stands_in_larger(target, twin, records, budget, quick_N, clean_NK, seed)
     return Evidence(
@@ -175,14 +193,18 @@ def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evide
         no_gradient_N=_no_gradient(twin, records),
         margin_N=quick_N & ~entropy_N,
         white_NK=white_NK,
-        nearest_M=nearest_M,
+        chosen_M=chosen_M,
+        drawn_M=drawn_M,
+        longest_M=longest_M,
         entropy_left_M=entropy_left_M,
         rescaled_N=further(_rescaled(twin), _pgd(target), budget, entropy_left_M),
         unscaled_N=further(twin, _pgd(target), budget, entropy_left_M),
         longer_N=further(twin, _apgd(target, steps=2 * THOROUGH_STEPS), budget, longest_M),
-        black_boxes=_black_boxes(target, twin, records, budget, nearest_M, seed),
+        black_boxes=_black_boxes(target, twin, records, budget, chosen_M, seed),
+        whole=worth(clean_NK, records),
+        tried_white_N=np.zeros(len(records), dtype=bool),
         tried_N=np.zeros(len(records), dtype=bool),
-        smaller_N=further(twin, _pgd(target, loss="margin"), Budget(budget.norm, budget.radius / 2), nearest_M),
+        smaller_N=further(twin, _pgd(target, loss="margin"), Budget(budget.norm, budget.radius / 2), chosen_M),
         larger_stands_N=larger_stands_N,
         num_larger=num_larger,
         anything_MK=anything_MK,
@@ -259,23 +281,32 @@ def _errors_at(
 def _white_box(
     target: Target, twin: Classifier, records: Records, budget: Budget, entropy_NK: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the shipped model's logits under PGD-20 on both losses, and under the whole white box."""
+    """Returns the shipped model's logits under PGD and APGD on all images, and under the whole white box."""
     quick_NK = entropy_NK.copy()
     left_M = np.flatnonzero(predictions(quick_NK) == records.labels_N)
-    by_margin = _pgd(target, loss="margin")
+    by_margin = partial(apgd, steps=QUICK_STEPS, loss="margin", answers=target.predict)
     quick_NK[left_M] = _logits(target, twin, by_margin, budget, records.subset(left_M), seed)
     white_NK = quick_NK.copy()
-    near_M = _nearest(quick_NK, records.labels_N, predictions(quick_NK) == records.labels_N, NEAREST)
-    thorough = _apgd(target, steps=THOROUGH_STEPS)
-    white_NK[near_M] = _logits(target, twin, thorough, budget, records.subset(near_M), derive_seed(seed, "thorough"))
+    chosen_M, _ = _chosen(quick_NK, predictions(quick_NK) == records.labels_N, CHOSEN, records.labels_N, seed)
+    chosen, thorough = records.subset(chosen_M), _apgd(target, steps=THOROUGH_STEPS)
+    white_NK[chosen_M] = _logits(target, twin, thorough, budget, chosen, derive_seed(seed, "thorough"))
     return quick_NK, white_NK
 
 
-def _nearest(logits_NK: Floats, labels_N: NDArray[np.integer], stands_N: Flags, num_images: int) -> NDArray[np.integer]:
-    """Returns the positions, ascending, of the images among those that stand whose answers are nearest to an error."""
+def _chosen(
+    logits_NK: Floats, stands_N: Flags, num_images: int, labels_N: NDArray[np.integer], seed: int
+) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    """Returns positions, ascending, of images that stand, half the nearest to an error, half drawn; and of the latter.
+
+    Where there are no more than are wanted all are there, and none was drawn.
+    """
     index_M = np.flatnonzero(stands_N)
     lead_M = -margin(torch.from_numpy(logits_NK[index_M]), torch.from_numpy(labels_N[index_M])).numpy()
-    return np.sort(index_M[np.argsort(lead_M, kind="stable")[:num_images]])
+    ordered_M = index_M[np.argsort(lead_M, kind="stable")]
+    near_M, rest_M = np.split(ordered_M, [min(num_images // 2, len(ordered_M))])
+    drawn_M = numpy_generator(seed, "chosen images").permutation(rest_M)[: num_images - len(near_M)]
+    some = len(ordered_M) > num_images
+    return np.sort(np.concatenate([near_M, drawn_M])), np.sort(drawn_M) if some else drawn_M[:0]
 
 
 def _both_logits(
@@ -306,10 +337,10 @@ def _black_boxes(
     twin: Classifier,
     records: Records,
     budget: Budget,
-    nearest_M: NDArray[np.integer],
+    chosen_M: NDArray[np.integer],
     seed: int,
 ) -> dict[str, Flags]:
-    run = partial(_errors_at, target, budget=budget, index_M=nearest_M, records=records)
+    run = partial(_errors_at, target, budget=budget, index_M=chosen_M, records=records)
     queries = partial(square, queries=QUERIES, answers=target.predict)
     found = {f"Square-{QUERIES}": run(twin, queries, seed=derive_seed(seed, "square"))}
     if target.surrogates:
@@ -330,7 +361,7 @@ def _stands_in_larger(
 ) -> tuple[Flags, int]:
     """Returns which images that break within the radius stand within twice the radius, and how many were tried."""
     larger = Budget(budget.norm, min(2 * budget.radius, _everything(budget, records).radius))
-    broken_M = np.flatnonzero(quick_N & (predictions(clean_NK) == records.labels_N))[:NEAREST]
+    broken_M = np.flatnonzero(quick_N & (predictions(clean_NK) == records.labels_N))[:CHOSEN]
     stands_N = np.zeros(len(records), dtype=bool)
     stands_N[broken_M] = True
     # More steps where the ball is larger: only then is the failure the model's.

@@ -335,7 +335,7 @@ def _unsaid(pair: Pair, by: Headline, opening: str) -> list[str]:
 
 
 def _against_majority(pair: Pair, by: Headline) -> str:
-    value, majority = _robust(pair.changed, by).value, pair.changed.majority
+    value, majority = _robust(pair.changed, by).judged, pair.changed.majority
     if value is None or majority is None:
         return ""
     share = numbers.percent(majority)

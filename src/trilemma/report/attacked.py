@@ -1,10 +1,11 @@
 """What attacks leave of a configuration, and how strong the study's attacks are."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from trilemma.evaluation.measurement import Measurement
+from trilemma.report import numbers
 from trilemma.report.cells import Cell
 from trilemma.report.estimates import Estimate, estimate
 
@@ -58,7 +59,7 @@ def attacked(cells: Iterable[Cell]) -> tuple[Attacked, ...]:
     return tuple(
         Attacked(
             *where,
-            robust=estimate(by_metric.get("robust_accuracy", [])),
+            robust=_with_least(by_metric.get("robust_accuracy", []), by_metric.get("robust_accuracy_known", [])),
             among_correct=estimate(by_metric.get("robust_accuracy_among_correct", [])),
             robust_auroc=estimate(by_metric.get("robust_auroc", [])),
             sensitivity=estimate(by_metric.get("sensitivity", [])),
@@ -66,6 +67,19 @@ def attacked(cells: Iterable[Cell]) -> tuple[Attacked, ...]:
         )
         for where, by_metric in samples.items()
     )
+
+
+def _with_least(robust: list[tuple[int, Measurement]], known: list[tuple[int, Measurement]]) -> Estimate:
+    """Returns a robust accuracy and, where some training's is known to be too high, the least that is left."""
+    found = estimate(robust)
+    if found.value is None or not known:
+        return found
+    known_of = {(seed, m.radius): m for seed, m in known}
+    least = estimate((seed, known_of.get((seed, m.radius), m)._replace(status="ok", reason="")) for seed, m in robust)
+    assert least.value is not None  # every training has a value
+    where = f" of {len(known)} of {len(robust)} trainings" if len(known) < len(robust) else ""
+    reason = f"{found.reason}{where}; with that {numbers.percent(least.value)} are left"
+    return replace(found, reason=reason, least=least.value)
 
 
 def scored(found: Iterable[Attacked], evaluation: str, radius: float) -> Scored:

@@ -83,7 +83,11 @@ def side_by_side(first: Estimate, second: Estimate, metric: str, of: str = "") -
     gap = difference(first, second)
     if gap is None or first.value is None or second.value is None:
         return None
-    values = f"{numbers.metric_value(metric, first.value)} against {numbers.metric_value(metric, second.value)}"
+    written = [
+        numbers.at_most(numbers.metric_value(metric, value), estimate)
+        for value, estimate in ((first.value, first), (second.value, second))
+    ]
+    values = " against ".join(written)
     values = f"{values} {of}" if of else f"{numbers.metric_title(metric)} is {values}"
     if gap.low is None or gap.high is None:
         size = numbers.metric_difference(metric, gap.value)
@@ -91,6 +95,8 @@ def side_by_side(first: Estimate, second: Estimate, metric: str, of: str = "") -
     bounds = numbers.metric_bounds(metric, gap.low, gap.high)
     if not gap.shown:
         return Effect(0, gap, f"no difference can be shown: {values} (difference 95\u00a0% interval {bounds}).")
+    if (first if gap.value > 0 else second).bound:
+        return Effect(0, gap, f"no difference can be shown: {values}, and the larger one is known to be too high.")
     word = "more" if gap.value > 0 else "less"
     size = numbers.metric_difference(metric, gap.value)
     ends = sorted((abs(gap.low), abs(gap.high)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from trilemma.evaluation.strength import ENOUGH_STEPS
 from trilemma.report.configurations import Headline, Row, is_weak
 from trilemma.report.finding import Finding
 from trilemma.report.flags import Flag, in_words
@@ -47,8 +48,8 @@ def _weak(rows: Sequence[Row], by: Headline) -> list[Finding]:
     if not by.evaluation or not is_weak(rows):
         return []
     text = (
-        f"The strongest attack of this study is “{by.evaluation}”; none is AutoAttack, APGD or several attacks at "
-        "once. Every robust accuracy is an upper bound, and a stronger attack may leave far less."
+        f"The strongest attack of this study is “{by.evaluation}”; none is AutoAttack or an APGD of {ENOUGH_STEPS} "
+        "steps or more. Every robust accuracy is an upper bound, and a stronger attack may leave far less."
     )
     return [Finding("A weak attack", (text,), caution=True)]
 

@@ -72,7 +72,8 @@ def export_json(results: Results, path: Path) -> None:
         "trainings": [
             {"key": r.key, "configuration": r.configuration, "seed": r.seed, "spec": r.spec, "history": r.history,
              "guarantee": r.guarantee.model_dump(mode="json"), "provenance": r.provenance, "seconds": r.seconds,
-             "peak_memory_bytes": r.peak_memory_bytes, "num_parameters": r.num_parameters}
+             "peak_memory_bytes": r.peak_memory_bytes, "num_parameters": r.num_parameters,
+             "chosen_round": r.chosen_round}
             for r in results.runs
         ],
         "artefacts": [

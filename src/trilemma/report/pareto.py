@@ -48,14 +48,14 @@ def pareto_optimal(points: Sequence[Point | None]) -> tuple[bool, ...]:
 
 
 def robust_score(row: Row, by: Headline) -> float | None:
-    """Returns robust accuracy, 0 for a model at or below the majority class, None where it is not known or withheld.
+    """Returns the least known robust accuracy, 0 at or below the majority class, None where there is none or withheld.
 
     A model that an attacker pushes to or below what a constant answer reaches is not robust, however it got there.
     Without an attack in the study every row scores 0, so that the axis separates nothing.
     """
     if not by.evaluation:
         return 0.0
-    value = row.under(by.evaluation, by.radius).robust.value
+    value = row.under(by.evaluation, by.radius).robust.judged
     if value is None or row.majority is None:
         return value
     return value if value > row.majority else 0.0

@@ -89,9 +89,12 @@ def diagnostics_section(rows: Sequence[Row]) -> Html | None:
 
 
 def _left_out(rows: Sequence[Row], evaluation: str) -> str:
-    """Returns which rows are not drawn because their numbers are withheld."""
-    withheld = [row.title for row in rows if any(a.robust.withheld for a in row.attacked if a.evaluation == evaluation)]
-    return f" Withheld and not drawn: {', '.join(f'“{title}”' for title in withheld)}." if withheld else ""
+    """Returns which rows are not drawn because their numbers are withheld, and which are drawn too high."""
+    of = {row.title: [a.robust for a in row.attacked if a.evaluation == evaluation] for row in rows}
+    withheld = [f"“{title}”" for title, all_radii in of.items() if any(robust.withheld for robust in all_radii)]
+    too_high = [f"“{title}”" for title, all_radii in of.items() if any(robust.bound for robust in all_radii)]
+    said = f" Withheld and not drawn: {', '.join(withheld)}." if withheld else ""
+    return said + (f" Known to be too high at some radius: {', '.join(too_high)}." if too_high else "")
 
 
 def _dashes(rows: Sequence[Row]) -> str:

@@ -19,7 +19,8 @@ def summary_rows(results: Results) -> list[dict[str, Any]]:
 
     Every rate has three entries: its name, `NAME_low` and `NAME_high`. `robust_evaluation` and `robust_radius` say
     under which attack `robust_accuracy` was measured, `robust_auroc_evaluation` which one measured `robust_auroc`;
-    `flags` are the signs that the robustness is not there, and `robust_withheld_because` why a number is withheld.
+    `flags` are the signs that the robustness is not there, and `robust_withheld_because` why a number is withheld;
+    `robust_bound_because` says why one is known to be too high, and `robust_accuracy_known` the least that is left.
     `privacy_unit`, `delta` and `trust` say what `epsilon` is about, `positive_class` whose images
     `sensitivity` is about (None for more than two classes: it is a macro average).
     """
@@ -114,6 +115,8 @@ def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
     plain |= _three("robust_specificity", at.specificity)
     return plain | {
         "robust_auroc_evaluation": score.evaluation or None,
+        "robust_bound_because": at.robust.reason if at.robust.bound else "",
+        "robust_accuracy_known": at.robust.least,
         "robust_withheld_because": at.robust.reason if at.robust.withheld else "",
         "flags": list(row.flags),
         "file_bytes": row.file_bytes.value,
@@ -132,7 +135,7 @@ def _three(name: str, estimate: Estimate) -> dict[str, float | None]:
 
 def _written(row: Row, best: bool, by: Headline, utilities: tuple[str, ...], mixed: bool) -> list[str]:
     robust = row.under(by.evaluation, by.radius).robust
-    below = robust.value is not None and row.majority is not None and robust.value <= row.majority
+    below = robust.judged is not None and row.majority is not None and robust.judged <= row.majority
     size, latency = row.file_bytes.value, row.latency_1.value
     about = f" ({row.claim.in_words})" if mixed and row.claim else ""
     return [

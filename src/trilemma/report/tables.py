@@ -61,7 +61,7 @@ def rate_cell(metric: str, estimate: Estimate, notes: Notes, majority: float | N
         return withheld(estimate.reason, notes)
     if estimate.value is None:
         return absent(estimate.reason, notes)
-    below = majority is not None and estimate.value <= majority
+    below = majority is not None and estimate.judged is not None and estimate.judged <= majority
     content: list[Content] = [
         tag(
             "data", numbers.at_most(numbers.metric_value(metric, estimate.value), estimate), value=repr(estimate.value)

@@ -38,7 +38,7 @@ class Corners(NamedTuple):
 def corners(row: Row, by: Headline, largest_bytes: float) -> Corners:
     """Returns which corners a row reaches; what was not measured is not reached."""
     robust, size, majority = row.under(by.evaluation, by.radius).robust, row.file_bytes.value, row.majority
-    above = robust.value is not None and majority is not None and robust.value > majority
+    above = robust.judged is not None and majority is not None and robust.judged > majority
     whole = robust.low is not None and majority is not None and robust.low > majority
     return Corners(
         private=row.epsilon is not None,

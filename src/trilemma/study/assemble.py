@@ -1,16 +1,17 @@
 """From the store to what a report reads: the results of one study, and what is missing of it."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.attack import Attack
-from trilemma.evaluation.bounds import Known, known_from, marked
-from trilemma.evaluation.diagnostics import withheld
+from trilemma.evaluation.bounds import Known, known_from, marked, told
 from trilemma.evaluation.estimates import undefined
+from trilemma.evaluation.flags import withheld
 from trilemma.evaluation.measurement import Measurement, on_split
 from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
-from trilemma.evaluation.strength import sees_gradients, strength
+from trilemma.evaluation.strength import strength
 from trilemma.federation.early_stopping import best_round
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 from trilemma.study.combine import diagnostics_key, key_of, pair_keys, why_undefined
@@ -122,23 +123,25 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
         label = str(rows[0].spec["label"]) if rows and isinstance(spec, Attack) else spec.label
         found = Evaluated(cell.key, label, spec.kind, measurements, seconds)
         measured.append((spec, found, tuple(example for row in rows for example in row.examples)))
-    known = [what for spec, found, _ in measured for what in _known_of(spec, found)]
-    return [(_judged(spec, found, known, doubts), examples) for spec, found, examples in measured]
+    known = [what for spec, found, _ in measured for what in _known_of(plan, cell, spec, found)]
+    judged = partial(_judged, plan, cell, known=known, doubts=doubts)
+    return [(judged(spec, found), examples) for spec, found, examples in measured]
 
 
-def _known_of(spec: EvaluationSpec, found: Evaluated) -> list[Known]:
-    if isinstance(spec, Diagnostics):
-        return known_from("", spec.norm, found.measurements)
-    return known_from(found.evaluation, spec.norm, found.measurements) if isinstance(spec, _ATTACKS) else []
+def _known_of(plan: Plan, cell: Cell, spec: EvaluationSpec, found: Evaluated) -> list[Known]:
+    if not isinstance(spec, (Diagnostics, *_ATTACKS)):
+        return []
+    label = "" if isinstance(spec, Diagnostics) else found.evaluation
+    return known_from(key_of(plan, cell, spec), label, spec.norm, found.measurements)
 
 
-def _judged(spec: EvaluationSpec, found: Evaluated, known: list[Known], doubts: dict[Budget, str]) -> Evaluated:
+def _judged(
+    plan: Plan, cell: Cell, spec: EvaluationSpec, found: Evaluated, *, known: list[Known], doubts: dict[Budget, str]
+) -> Evaluated:
     """Returns an evaluation with what may be read of it: bounds are marked, doubtful values withheld."""
     if not isinstance(spec, _ATTACKS):
-        return found
-    measurements = found.measurements
-    if sees_gradients(spec):  # an attack without gradients says what an attacker without them reaches, and no more
-        measurements = marked(found.evaluation, spec.norm, measurements, known)
+        return replace(found, measurements=told(found.measurements))
+    measurements = marked(key_of(plan, cell, spec), found.evaluation, spec.norm, found.measurements, known)
     within = {budget.radius: doubts[budget] for budget in spec.budgets}
     measurements = tuple(_withheld(measurement, within) for measurement in measurements)
     return replace(found, measurements=measurements, strength=strength(spec))
@@ -152,13 +155,24 @@ def _keys(plan: Plan, cell: Cell, spec: EvaluationSpec) -> list[str]:
 
 def _doubts(plan: Plan, cell: Cell, store: Store) -> dict[Budget, str]:
     """Returns why robustness within each budget is withheld: raised flags, or diagnostics that were not made; or ""."""
-    doubts = {}
+    doubts: dict[Budget, list[str]] = {}
+    hidden: dict[str, list[str]] = {}
     for spec in plan.evaluations:
         if isinstance(spec, Diagnostics):
             row = store.evaluation(diagnostics_key(plan, cell, spec))
-            doubt = withheld(row.measurements) if row else NOT_DIAGNOSED
-            doubts[spec.budget] = "; ".join(filter(None, (doubts.get(spec.budget), doubt)))
-    return doubts
+            doubts.setdefault(spec.budget, []).append(withheld(row.measurements) if row else NOT_DIAGNOSED)
+            hidden.setdefault(spec.norm, []).append(withheld(row.measurements, elsewhere=True) if row else "")
+    return {budget: _joined(own) or _elsewhere(hidden[budget.norm]) for budget, own in doubts.items()}
+
+
+def _elsewhere(hidden: list[str]) -> str:
+    """Returns why nothing is believed within a radius where no flag was raised: one was within another radius."""
+    why = _joined(hidden)
+    return f"within another radius of this norm {why}" if why else ""
+
+
+def _joined(reasons: list[str]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, reasons)))
 
 
 def _withheld(measurement: Measurement, doubts: dict[float, str]) -> Measurement:

@@ -2,8 +2,9 @@
 
 import time
 
-from trilemma.evaluation.bounds import bound
-from trilemma.evaluation.diagnostics import Tried, diagnostic_measurements, examined, judged
+from trilemma.evaluation.bounds import bounds
+from trilemma.evaluation.diagnostics import Tried, examined, judged
+from trilemma.evaluation.flags import diagnostic_measurements
 from trilemma.evaluation.measurement import on_split
 from trilemma.evaluation.specs import Diagnostics
 from trilemma.study.evaluate_job import open_target
@@ -27,7 +28,10 @@ def diagnose_job(place: Workplace, cell: Cell, spec: Diagnostics, key: str, trie
     started, training = time.perf_counter(), cell.training.spec
     test, target = place.dataset(training.data).test, open_target(place, cell)
     evidence = examined(target, test, spec.budget, training.seed, num_images=spec.num_images, tried=tried)
-    measurements = [] if evidence is None else [*diagnostic_measurements(judged(evidence)), bound(evidence)]
+    measurements = []
+    if evidence is not None:
+        measurements += diagnostic_measurements(judged(evidence))
+        measurements += bounds(evidence, test, spec.num_images, training.seed, {**tried.white, **tried.elsewhere})
     return EvaluationRow(
         key=key,
         artefact_key=cell.key,

@@ -166,9 +166,9 @@ class Engine:
                 )
         return jobs
 
-    def _logits(self, keys: list[str], radius: float) -> tuple[np.ndarray, ...]:
-        outcomes = [outcome for key in keys for outcome in self.store.outcomes(key)]
-        return tuple(outcome.logits_NK for outcome in outcomes if outcome.radius == radius)
+    def _logits(self, keys: list[str], radius: float) -> dict[str, np.ndarray]:
+        outcomes = [(key, outcome) for key in keys for outcome in self.store.outcomes(key)]
+        return {key: outcome.logits_NK for key, outcome in outcomes if outcome.radius == radius}
 
     def _ready(self) -> list[Cell]:
         done = self.store.keys("artefacts")

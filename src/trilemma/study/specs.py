@@ -39,6 +39,13 @@ class Study(Spec):
             values = getattr(self, field)
             if len(set(map(repr, values))) < len(values):
                 raise ValueError(f"{field} names the same thing twice")
+        labels = [evaluation.label for evaluation in self.evaluations if evaluation.kind != "diagnostics"]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f"two evaluations are called “{label}”, and a report could not tell them apart: give one of them "
+                    "all radii, or name another attack"
+                )
         for axis, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid.{axis} is empty; give at least one value or leave the axis out")

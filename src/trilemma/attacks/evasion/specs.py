@@ -230,7 +230,8 @@ class CarliniWagner(Attack):
     @property
     def method(self) -> str:
         """Returns the attack and its settings, without the norm."""
-        return f"CW-{self.steps}x{self.searches}"
+        rate = "" if self.learning_rate == 0.05 else f" rate {self.learning_rate:g}"
+        return f"CW-{self.steps}x{self.searches}{rate}"
 
     def make(self, access: Access = TWIN_ONLY, *, stop: bool = True) -> Evasion:
         """Returns the attack; it looks for the smallest perturbation, so `stop` changes nothing."""
@@ -295,7 +296,8 @@ class Square(Attack):
     @property
     def method(self) -> str:
         """Returns the attack and its settings, without the norm."""
-        return f"Square-{self.queries}"
+        share = "" if self.first_share == 0.8 else f" from {100 * self.first_share:g} %"
+        return f"Square-{self.queries}{share}"
 
     def make(self, access: Access = TWIN_ONLY, *, stop: bool = True) -> Evasion:
         """Returns the attack."""
