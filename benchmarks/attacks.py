@@ -2,7 +2,8 @@
 
 Both attack the same images of phantoms within the same radius, a robust model and an undefended one. ART's AutoAttack
 has the parts that it has for three classes, with one start each and the steps and queries of ours: by default it takes
-five starts of each, and longer. Also how long one inner step of an attack takes over a plain SGD step.
+five starts of each, and longer. Ours asks the exported file, as every study does: that is what ships. Robust accuracy
+is judged by the network for both. Also how long one inner step of an attack takes over a plain SGD step.
 """
 
 import time
@@ -30,6 +31,8 @@ from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
 from trilemma.attacks.evasion.geometry import project, steepest_step
 from trilemma.attacks.evasion.losses import cross_entropy
 from trilemma.attacks.evasion.pgd import pgd
+from trilemma.compression.export import export_onnx
+from trilemma.compression.session import Session
 from trilemma.data.roots import default_roots
 from trilemma.data.specs import Phantom
 from trilemma.federation.round import run_round
@@ -84,6 +87,7 @@ def peer(classifier: Classifier, x_BCHW: Tensor) -> PyTorchClassifier:
 def attacks(classifier: Classifier, x_BCHW: Tensor, y_B: Tensor) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """Returns attack -> who -> a run of it, which returns the images."""
     radius, batch, theirs = BUDGET.radius, len(x_BCHW), peer(classifier, x_BCHW)
+    session = Session(export_onnx(classifier, *x_BCHW.shape[1:3]))
     x, y = x_BCHW.numpy(), y_B.numpy()
 
     def generate(attack: ProjectedGradientDescent | AutoAttack) -> Tensor:
@@ -114,7 +118,7 @@ def attacks(classifier: Classifier, x_BCHW: Tensor, y_B: Tensor) -> dict[str, di
             "art": lambda: generate(art_pgd),
         },
         "autoattack": {
-            "trilemma": lambda: autoattack(classifier, x_BCHW, y_B, BUDGET, draws()),
+            "trilemma": lambda: autoattack(classifier, x_BCHW, y_B, BUDGET, draws(), answers=session.predict),
             "art": lambda: generate(art_auto),
         },
     }

@@ -7,7 +7,7 @@ from reference.naive_evasion import pgd_one
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.fgsm import fgsm
 from trilemma.attacks.evasion.frozen import frozen, logits_and_gradient
-from trilemma.attacks.evasion.geometry import project, random_start
+from trilemma.attacks.evasion.geometry import project, random_start, steepest_step
 from trilemma.attacks.evasion.losses import cross_entropy, margin
 from trilemma.attacks.evasion.pgd import climb, pgd
 from trilemma.models.classifier import Classifier
@@ -226,7 +226,8 @@ def test_broken_images_leave_the_batch(trained):
     handle = classifier.module.register_forward_hook(lambda _, images, __: sizes.append(len(images[0])))
     try:
         stopped = pgd(classifier, x, y, budget, generator(), steps=10)
-        work = sum(sizes)
+        assert sizes[:2] == [64, 64]  # the clean images, the first gradient
+        work = sum(sizes) - sizes[2]  # and the far points
         sizes.clear()
         driven = pgd(classifier, x, y, budget, generator(), steps=10, stop=False)
     finally:
@@ -253,6 +254,30 @@ def test_an_image_is_broken_when_the_model_that_ships_says_so(trained):
     for_shipped = pgd(classifier, x, y, budget, generator(), steps=20, answers=stubborn)
     broken = [(stubborn(x_adv).argmax(1) != y).float().mean() for x_adv in (for_twin, for_shipped)]
     assert broken[1] > broken[0]
+
+
+def test_the_far_point_along_the_first_gradient_breaks_many_at_once(trained):
+    """Computed again; one that it breaks is done with, and the others go on as if it had not been tried."""
+    classifier, x, y = trained
+    budget = Budget("linf", 0.26)
+    start = random_start(x, budget, generator())
+    with frozen(classifier), torch.no_grad():
+        at_start = classifier(start).argmax(1) != y
+    with frozen(classifier):
+        _, slope = logits_and_gradient(classifier, start, lambda z: cross_entropy(z, y))
+        far = project(start + steepest_step(slope, 2 * budget.radius, "linf"), x, budget)
+        with torch.no_grad():
+            broken = (classifier(far).argmax(1) != y) & ~at_start
+    found = pgd(classifier, x, y, budget, generator(), steps=12)
+    assert 3 <= broken.sum() < 60
+    assert torch.equal(found[broken], far[broken])
+    sizes = []
+    handle = classifier.module.register_forward_hook(lambda _, images, __: sizes.append(len(images[0])))
+    try:
+        pgd(classifier, x, y, budget, generator(), steps=12)
+    finally:
+        handle.remove()
+    assert sizes[2:4] == [int((~at_start).sum()), int((~at_start & ~broken).sum())]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

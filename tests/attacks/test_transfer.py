@@ -203,8 +203,8 @@ def test_in_turn_believes_the_model_that_ships_and_takes_its_type(problem):
         return ships(x_BCHW.float())
 
     twin = hardened(3).double()
-    parts = [partial(pgd, steps=8), partial(transfer, surrogates=[twin], attack=driven, answers=answers)]
+    parts = [partial(mifgsm, steps=8), partial(transfer, surrogates=[twin], attack=driven, answers=answers)]
     x_adv = in_turn(parts, twin, x.double(), y, BUDGET, generator(), answers=answers)
     assert x_adv.dtype == torch.float64
-    twin_only = pgd(classifier, x, y, BUDGET, generator(), steps=8)
+    twin_only = mifgsm(classifier, x, y, BUDGET, generator(), steps=8)
     assert errors(ships, x_adv.float(), y).sum() > errors(ships, twin_only, y).sum()
