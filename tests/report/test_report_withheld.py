@@ -257,7 +257,7 @@ def test_the_table_of_flags_has_a_row_per_model_and_a_column_per_flag():
     (line,) = [line for line in lines if f">{PGD}, int8<" in line]
     cells = [re.sub("<sup>.*?</sup>", "", cell) for cell in re.findall("<td[^>]*>(.*?)</td>", line)]
     quiet = '<span aria-hidden="true">–</span><span class="unseen">not raised</span>'
-    assert cells[0] == "Linf 8/255"
+    assert cells[0] == 'Linf 8/255<span class="range">256 images</span>'
     assert cells[1] == "undefined in 1 of 2"
     assert cells[2] == quiet
     assert cells[3] == "<b>raised</b> in 2 of 2"
@@ -266,6 +266,16 @@ def test_the_table_of_flags_has_a_row_per_model_and_a_column_per_flag():
     assert "no image is answered rightly" in section
     other = next(line for line in lines if f">{PLAIN}, fp32<" in line)
     assert re.findall("<td[^>]*>(.*?)</td>", other)[1:] == [quiet] * len(FLAGS)
+
+
+def test_few_images_are_said_to_tell_little():
+    results = build({PGD: MADE[PGD]})
+    few = [
+        replace(e, measurements=tuple(m._replace(n=40) for m in e.measurements)) if e.kind == "diagnostics" else e
+        for e in results.evaluated
+    ]
+    assert "40 images: too few to tell much" in text_of(replace(results, evaluated=tuple(few)), "diagnostics")
+    assert "too few" not in text_of(results, "diagnostics")
 
 
 def test_a_hospitals_own_model_is_named_where_it_is_flagged():

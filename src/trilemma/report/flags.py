@@ -32,6 +32,7 @@ class Flag(NamedTuple):
         where: The training, such as "seed 0".
         raised: Whether it was seen; None where that is undefined.
         evidence: What was seen, or why it is undefined.
+        n: Images that were looked at.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Flag(NamedTuple):
     where: str
     raised: bool | None
     evidence: str
+    n: int = 0
 
     @property
     def title(self) -> str:
@@ -80,7 +82,7 @@ def flags_of(cells: Sequence[Cell]) -> tuple[Flag, ...]:
                 if m.metric.startswith(_PREFIX):
                     raised = None if m.value is None else m.value != 0
                     name = m.metric.removeprefix(_PREFIX)
-                    found.append(Flag(name, evaluated.evaluation, where, raised, m.reason or m.status))
+                    found.append(Flag(name, evaluated.evaluation, where, raised, m.reason or m.status, m.n))
     return tuple(found)
 
 

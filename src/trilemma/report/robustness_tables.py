@@ -9,6 +9,9 @@ from trilemma.report.markup import Content, Html, tag
 from trilemma.report.tables import Notes, absent, header, rate_cell, table, withheld
 from trilemma.report.transfer import Transfer
 
+#: Below so many images a flag is raised only where more than 6 % of them are amiss.
+FEW_IMAGES = 50
+
 #: What stands beside robust accuracy, with the metric by which each is written.
 _BESIDE = {
     "robust accuracy": "robust_accuracy",
@@ -136,7 +139,8 @@ def flags_table(rows: Sequence[Row]) -> Html:
         for at in dict.fromkeys(flag.at for flag in row.diagnosed):
             here = [flag for flag in row.diagnosed if flag.at == at]
             cells = [_flag_cell([f for f in here if f.name == name], row.num_trainings, notes) for name in names]
-            body.append(tag("tr", tag("th", row.title, scope="row"), tag("td", at, class_="text"), *cells))
+            looked_at = tag("td", at, tag("span", _looked_at(here), class_="range"), class_="text")
+            body.append(tag("tr", tag("th", row.title, scope="row"), looked_at, *cells))
         if not row.diagnosed:
             unseen = tag("td", "not looked at", class_="missing text", colspan=len(names) + 1)
             body.append(tag("tr", tag("th", row.title, scope="row"), unseen))
@@ -147,6 +151,12 @@ def flags_table(rows: Sequence[Row]) -> Html:
     return table(
         caption, [header(["Configuration", "within", *map(title_of, names)], first=2)], body, notes, class_="flags"
     )
+
+
+def _looked_at(flags: Sequence[Flag]) -> str:
+    """Returns how many images were looked at, and that few tell little: every test needs 3 at least."""
+    n = max((flag.n for flag in flags), default=0)
+    return f"{n} images" + (": too few to tell much" if n < FEW_IMAGES else "")
 
 
 def _flag_cell(flags: Sequence[Flag], num_trainings: int, notes: Notes) -> Html:
