@@ -101,12 +101,14 @@ CASES = {
     "pgd-l2": Case(Pgd(radii=R, norm="l2"), PGD, seeds=4),
     "mifgsm": Case(MiFgsm(radii=R), MOMENTUM),
     "apgd-ce": Case(Apgd(radii=R, steps=30), APGD(loss_type="cross_entropy"), seeds=4),
+    "apgd-l2": Case(Apgd(radii=R, norm="l2", steps=30), APGD(loss_type="cross_entropy"), seeds=4, slow=(10,)),
     "apgd-dlr": Case(
         Apgd(radii=R, steps=30, loss="dlr"), APGD(loss_type="difference_logits_ratio"), seeds=4, classes=(3, 10)
     ),
     "deepfool-l2": Case(DeepFool(radii=R, norm="l2"), partial(toolbox.attacked, "DeepFool", max_iter=50, epsilon=0.02)),
     "carlini-wagner-l2": Case(CarliniWagner(radii=R, steps=50), CW, slow=(3, 10)),
     "hop_skip_jump-l2": Case(HopSkipJump(radii=R, norm="l2"), DECISIONS, wider=1.25, slow=(2, 3, 10)),
+    # Square in L2 has no counterpart: the toolbox's divides by zero.
     "square": Case(Square(radii=R, queries=300), SQUARE, wider=1.4, slow=(10,)),
     "autoattack": Case(AutoAttack(radii=R), ENSEMBLE, slow=(10,)),
 }
@@ -167,7 +169,7 @@ def short_ensemble(monkeypatch):
 def test_no_more_images_stand_than_under_the_toolboxs_attack(case, classes, defended):
     ours, theirs = accuracies(case, classes, defended)
     print(f"ours {ours:.4f}, theirs {theirs:.4f}")  # pytest -rP shows the table
-    assert 0.2 < theirs < 0.8  # at either end there would be nothing to compare
+    assert 0.2 < theirs < 0.9  # at either end there would be nothing to compare
     assert ours <= theirs + POINT + 1e-9
 
 
