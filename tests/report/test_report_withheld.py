@@ -394,6 +394,21 @@ def test_a_row_is_judged_by_the_least_that_is_known():
     assert point(row_of(above, title), by).robust == pytest.approx(0.7)
 
 
+def test_of_hospitals_that_trained_alone_each_is_judged_by_its_own():
+    results = build()
+    first = pick(results, "local only", "fp32")[0]
+    marked = bounded(results, [first], "all at once Linf", WHY, known=0.0)
+    robust = [row_of(r, "local only, fp32").under("all at once Linf", RADII[0]).robust for r in (results, marked)]
+    (own,) = (
+        m.value
+        for e in results.evaluated
+        if e.artefact_key == first.key and e.evaluation == "all at once Linf"
+        for m in e.measurements
+        if m.metric == "robust_accuracy" and m.radius == RADII[0]
+    )
+    assert robust[1].least == pytest.approx(robust[0].value - own / 6)  # one of two seeds, one of three hospitals
+
+
 def test_where_the_smaller_side_is_too_high_the_difference_is_shown():
     results = build({PLAIN: MADE[PLAIN], PGD: MADE[PGD]})
     results = bounded(results, pick(results, PLAIN, "fp32"), "all at once Linf", WHY, known=0.0)

@@ -9,6 +9,9 @@ from trilemma.report import numbers
 from trilemma.report.cells import Cell
 from trilemma.report.estimates import Estimate, estimate
 
+#: Under which the robust accuracies are kept with the least that is known in the place of those that are too high.
+_LEAST = "least"
+
 
 @dataclass(frozen=True)
 class Attacked:
@@ -56,10 +59,14 @@ def attacked(cells: Iterable[Cell]) -> tuple[Attacked, ...]:
                 if evaluated.strength is not None and m.radius is not None and m.source is None and m.client is None:
                     at = samples.setdefault((evaluated.evaluation, evaluated.strength, m.radius), {})
                     at.setdefault(m.metric, []).append((cell.run.seed, m))
+                    if m.metric == "robust_accuracy":
+                        at.setdefault(_LEAST, []).append((cell.run.seed, m))
+                    elif m.metric == "robust_accuracy_known":  # which stands behind the one that it speaks of
+                        at[_LEAST][-1] = (cell.run.seed, m)
     return tuple(
         Attacked(
             *where,
-            robust=_with_least(by_metric.get("robust_accuracy", []), by_metric.get("robust_accuracy_known", [])),
+            robust=_with_least(by_metric.get("robust_accuracy", []), by_metric.get(_LEAST, [])),
             among_correct=estimate(by_metric.get("robust_accuracy_among_correct", [])),
             robust_auroc=estimate(by_metric.get("robust_auroc", [])),
             sensitivity=estimate(by_metric.get("sensitivity", [])),
@@ -69,17 +76,15 @@ def attacked(cells: Iterable[Cell]) -> tuple[Attacked, ...]:
     )
 
 
-def _with_least(robust: list[tuple[int, Measurement]], known: list[tuple[int, Measurement]]) -> Estimate:
+def _with_least(robust: list[tuple[int, Measurement]], least: list[tuple[int, Measurement]]) -> Estimate:
     """Returns a robust accuracy and, where some training's is known to be too high, the least that is left."""
-    found = estimate(robust)
-    if found.value is None or not known:
+    found, num_bounds = estimate(robust), sum(m.status == "bound" for _, m in robust)
+    left = estimate((seed, m._replace(status="ok") if m.status == "bound" else m) for seed, m in least)
+    if found.value is None or left.value is None or not num_bounds:
         return found
-    known_of = {(seed, m.radius): m for seed, m in known}
-    least = estimate((seed, known_of.get((seed, m.radius), m)._replace(status="ok", reason="")) for seed, m in robust)
-    assert least.value is not None  # every training has a value
-    where = f" of {len(known)} of {len(robust)} trainings" if len(known) < len(robust) else ""
-    reason = f"{found.reason}{where}; with that {numbers.percent(least.value)} are left"
-    return replace(found, reason=reason, least=least.value)
+    where = f" of {num_bounds} of {len(robust)} trainings" if num_bounds < len(robust) else ""
+    reason = f"{found.reason}{where}; with that {numbers.percent(left.value)} are left"
+    return replace(found, reason=reason, least=left.value)
 
 
 def scored(found: Iterable[Attacked], evaluation: str, radius: float) -> Scored:
