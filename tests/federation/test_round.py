@@ -11,7 +11,6 @@ from helpers.tiny_federation import CPU, DP, equal_states, tiny_dataset, tiny_fe
 from trilemma.data.records import Records
 from trilemma.errors import UserError
 from trilemma.federation import round as federated_round
-from trilemma.federation.aggregation import mean
 from trilemma.federation.clients import Client, Shard
 from trilemma.federation.local_training import LocalResult, batches, drawn_records
 from trilemma.federation.round import mean_loss, run_round, watch
@@ -68,17 +67,45 @@ def test_fedavgm_by_hand_over_two_rounds():
     assert second[0].tolist() == pytest.approx([0.5 + 0.5 * 1.9, -1.0 - 0.5 * 1.8])
 
 
-def test_the_mean_ignores_order_and_says_its_sensitivity():
-    updates_NP, weights_N = torch.randn(4, 6), torch.tensor([0.1, 0.2, 0.3, 0.4])
-    order = torch.tensor([2, 0, 3, 1])
-    rule = mean()
-    assert torch.allclose(rule.apply(updates_NP, weights_N), rule.apply(updates_NP[order], weights_N[order]))
-    assert torch.allclose(rule.apply(updates_NP, weights_N), (updates_NP * weights_N[:, None]).sum(0))
-    replaced = updates_NP.clone()
-    updates_NP[0], replaced[0] = torch.tensor([2.0] + [0] * 5), torch.tensor([-2.0] + [0] * 5)
-    equal_N = torch.full((4,), 0.25)
-    moved = float((rule.apply(updates_NP, equal_N) - rule.apply(replaced, equal_N)).norm())
-    assert moved == pytest.approx(rule.sensitivity(2.0, 4))
+def test_a_round_of_too_few_updates_for_its_rule_changes_nothing_and_says_so(monkeypatch):
+    """Two of three updates are malformed: what is left is no majority."""
+    federation = tiny_federation(tiny_dataset(), local=PLAIN, aggregation={"kind": "trimmed_mean", "num_byzantine": 1})
+    state, real = initial_state(federation), federated_round.local_train
+
+    def broken(spec, client, *arguments):
+        result = real(spec, client, *arguments)
+        return result if client is federation.clients[0] else result._replace(update_P=result.update_P * math.nan)
+
+    monkeypatch.setattr(federated_round, "local_train", broken)
+    after = run_round(federation, state)
+    assert torch.equal(after.params_P, state.params_P)
+    row = after.history[-1]
+    assert row["refused"] == "aggregation 'trimmed_mean' needs 3 updates against 1 attackers, and a round has 1"
+    assert row["dropped"] == [client.name for client in federation.clients]  # the sound one cannot be used either
+    monkeypatch.undo()
+    assert "refused" not in run_round(federation, state).history[-1]
+
+
+def test_what_a_rule_remembers_goes_through_a_checkpoint():
+    changes = {"local": PLAIN, "rounds": 3, "aggregation": {"kind": "centred_clipping", "radius": 0.05}}
+    whole = trained_state(tiny_federation(tiny_dataset(), **changes))
+    federation = tiny_federation(tiny_dataset(), **changes)
+    one = run_round(federation, initial_state(federation))
+    assert one.memory["point"].shape == one.params_P.shape
+    packed = TrainingState.unpack(*one.pack(), torch.device("cpu"))
+    for state in (one, packed):
+        state = run_round(federation, run_round(federation, state))
+        assert torch.equal(state.params_P, whole.params_P)
+
+
+@pytest.mark.parametrize("kind", ["centralised", "local_only"])
+def test_a_baseline_has_one_update_whatever_the_rule(kind):
+    krum = {"kind": "krum", "num_byzantine": 5}
+    states = [
+        trained_state(tiny_federation(tiny_dataset(), local=PLAIN, algorithm={"kind": kind}, **rule))
+        for rule in ({}, {"aggregation": krum})
+    ]
+    assert torch.equal(states[0].params_P, states[1].params_P)
 
 
 def test_one_client_is_centralised_training():

@@ -16,6 +16,7 @@ from trilemma.attacks.poisoning.selection import choose_records
 from trilemma.errors import UserError
 from trilemma.federation import local_training
 from trilemma.federation import round as federated_round
+from trilemma.federation.aggregation.specs import Median
 from trilemma.federation.refusals import why_unsound
 from trilemma.federation.round import run_round, who_takes_part
 from trilemma.federation.state import EVERYBODY, TrainingState
@@ -397,8 +398,7 @@ def test_what_no_guarantee_could_hold_for_is_refused_with_the_reason(changes, me
 def test_a_rule_other_than_the_mean_is_refused(privacy, what):
     spec = tiny_spec(privacy=privacy, local=STEP)
     assert why_unsound(spec) == ""
-    other = spec.aggregation.model_copy(update={"kind": "median"})
-    reason = why_unsound(spec.model_copy(update={"aggregation": other}))
+    reason = why_unsound(spec.model_copy(update={"aggregation": Median()}))
     assert reason.startswith(f"{what} needs aggregation 'mean', not 'median'")
 
 

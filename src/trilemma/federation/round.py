@@ -40,6 +40,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
         server,
         private_steps=_charged(federation, chosen, state),
         clips=aggregated.clips,
+        memory=dict(aggregated.memory),
         average_P=average_P,
         average_Q=average_Q,
         pretraining_seconds=state.pretraining_seconds,
@@ -50,6 +51,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     best_P, best_Q = best_so_far(spec, state, row, following.latest_P, following.latest_Q)
     if federation.plan is None:  # where it must stay secret who took part, a row must not tell
         row |= _of_the_clients(federation, results, aggregated.used, state)
+        row |= {"refused": aggregated.refused} if aggregated.refused else {}
     kept = dict(state.clients)
     if not isinstance(spec.algorithm, FedAvg):
         kept |= {client.name: results[client.name].optimizer_state for client in aggregated.used}

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from trilemma.data.records import Records
+from trilemma.federation.aggregation.rule import Memory, Received
+from trilemma.federation.aggregation.rule_spec import Rule
+from trilemma.federation.aggregation.specs import Mean
+from trilemma.federation.aggregation.updates import Updates
 from trilemma.federation.clients import Client
 from trilemma.federation.local_training import LocalResult
 from trilemma.federation.optimizers import Optimizer
@@ -16,6 +20,7 @@ from trilemma.federation.streams import private_generator
 from trilemma.models.classifier import Classifier
 from trilemma.privacy.plan import PrivacyPlan
 from trilemma.privacy.specs import DpSgd
+from trilemma.randomness import generator
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,16 @@ class Aggregated(NamedTuple):
         buffers_Q: The next ones.
         clips: Client name -> the next clipping norm, where it adapts.
         used: The clients whose updates entered.
+        memory: What the rule of aggregation remembers.
+        refused: Why no rule was applied to the updates that came, or "".
     """
 
     update_P: Tensor | None
     buffers_Q: Tensor
     clips: dict[str, float]
     used: list[Client]
+    memory: Memory
+    refused: str = ""
 
 
 def aggregate(
@@ -71,16 +80,37 @@ def aggregate(
         sound = []  # of a secure sum no part can be left out, and the others' shares alone are too little noise
     clips = _moved_together(chosen, results, state) if distributed and sound else dict(state.clips)
     clips |= {c.name: clip for c in chosen if not distributed and (clip := results[c.name].clip) is not None}
-    if not sound:
-        return Aggregated(None, state.buffers_Q, clips, [])
+    refused = why_too_few(spec, len(sound)) if sound else ""
+    if not sound or refused:
+        return Aggregated(None, state.buffers_Q, clips, [], state.memory, refused)
     weights_N = torch.tensor([client.weight for client in sound], device=state.params_P.device)
     weights_N = weights_N / weights_N.sum()
-    updates_NP = torch.stack([results[client.name].update_P for client in sound])
-    update_P = spec.aggregation.make().apply(updates_NP, weights_N)
+    positions = {client.name: position for position, client in enumerate(federation.clients)}
+    received = Received(
+        Updates(torch.stack([results[client.name].update_P for client in sound])),
+        weights_N,
+        tuple(positions[client.name] for client in sound),
+        generator(spec.seed, "aggregation", state.round),
+    )
+    update_P, memory = rule_of(spec).make().apply(received, state.memory)
     buffers_Q = state.buffers_Q
     if not private:  # nothing that no noise was added to may come from a private client
         buffers_Q = weights_N @ torch.stack([results[client.name].buffers_Q for client in sound])
-    return Aggregated(update_P, buffers_Q, clips, sound)
+    return Aggregated(update_P, buffers_Q, clips, sound, memory)
+
+
+def rule_of(spec: TrainSpec) -> Rule:
+    """Returns the rule of aggregation; a baseline without a federation has one update, which is its mean."""
+    return spec.aggregation if isinstance(spec.algorithm, FedAvg) else Mean()
+
+
+def why_too_few(spec: TrainSpec, num_updates: int) -> str:
+    """Returns why a rule cannot be applied to so many updates, or ""."""
+    try:
+        rule_of(spec).check(num_updates)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def is_sound(result: LocalResult, state: TrainingState) -> bool:
@@ -127,7 +157,7 @@ def _noised_by_server(
     if plan.adaptation is not None:
         count = plan.noised_count(norms_N, add_noise, clip)
         clips[EVERYBODY] = plan.adaptation.moved(clip or plan.adaptation.first_clip, count, plan.denominator)
-    return Aggregated(update_P, state.buffers_Q, clips, sound)
+    return Aggregated(update_P, state.buffers_Q, clips, sound, state.memory)
 
 
 def _moved_together(chosen: list[Client], results: dict[str, LocalResult], state: TrainingState) -> dict[str, float]:

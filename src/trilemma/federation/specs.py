@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from trilemma.attacks.poisoning.specs import NoThreat, ThreatSpec
 from trilemma.data.specs import DataSpec, Iid, PartitionSpec, Phantom
-from trilemma.federation.aggregation import Aggregation, mean
+from trilemma.federation.aggregation.specs import AggregationSpec, Mean
 from trilemma.federation.optimizers import Optimizer, adam, sgd
 from trilemma.federation.refusals import why_no_looks, why_unsound
 from trilemma.models.specs import ModelSpec, Resnet9
@@ -304,24 +304,6 @@ class ServerAdam(Spec):
 ServerSpec = Annotated[ServerSgd | ServerAdam, Field(discriminator="kind")]
 
 
-class Mean(Spec):
-    """The weighted mean of the updates."""
-
-    kind: Literal["mean"] = "mean"
-
-    @property
-    def label(self) -> str:
-        """Returns the short text for tables."""
-        return "mean"
-
-    def make(self) -> Aggregation:
-        """Returns the rule."""
-        return mean()
-
-
-AggregationSpec = Mean
-
-
 class TrainSpec(Spec):
     """One training, complete: equal specs give equal models.
 
@@ -374,6 +356,7 @@ class TrainSpec(Spec):
             raise ValueError(
                 f"algorithm.clients_per_round {per_round} exceeds the {num_clients} clients of the partition"
             )
+        self.aggregation.check(per_round or num_clients)  # raises with both numbers
         if isinstance(weights, tuple) and len(weights) != num_clients:
             raise ValueError(
                 f"algorithm.weights has {len(weights)} numbers for {num_clients} clients; give one for each"

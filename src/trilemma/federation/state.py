@@ -26,6 +26,7 @@ class TrainingState:
         private_steps: Client name -> DP steps that ran: what the guarantee is computed from.
         history: One JSON-like dict per round, fit to be shown: under unit "client" nothing that tells who took part.
         clips: Client name -> clipping norm, where it adapts; `EVERYBODY` where one holds for all clients.
+        memory: What the rule of aggregation remembers.
         average_P: Moving average of the parameters, where the training makes one and a round has ended.
         average_Q: The same of the buffers: batch norm's statistics must fit the parameters.
         best_P: Parameters of the best look so far, where looks choose the model (early stopping).
@@ -42,6 +43,7 @@ class TrainingState:
     private_steps: dict[str, int] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
     clips: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
     average_P: Tensor | None = None
     average_Q: Tensor | None = None
     best_P: Tensor | None = None
@@ -83,6 +85,7 @@ class TrainingState:
         if self.best_P is not None and self.best_Q is not None:
             tensors |= {"best": self.best_P, "best_buffers": self.best_Q}
         tensors |= {f"server/{name}": value for name, value in self.server.items()}
+        tensors |= {f"aggregation/{name}": value for name, value in self.memory.items()}
         for client, state in self.clients.items():
             tensors |= {f"client/{client}/{name}": value for name, value in state.items()}
         texts = {
@@ -105,12 +108,15 @@ class TrainingState:
         """
         server: State = {}
         clients: dict[str, State] = {}
+        memory: dict[str, Tensor] = {}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
             # A step count stays on the CPU, where it is read; all else goes where the model is.
             value = value.to(device) if value.ndim else value
             if kind == "server":
                 server[rest] = value
+            elif kind == "aggregation":
+                memory[rest] = value
             elif kind == "client":
                 client, _, part = rest.rpartition("/")
                 clients.setdefault(client, {})[part] = value
@@ -122,6 +128,7 @@ class TrainingState:
             clients=clients,
             private_steps=json.loads(texts["private_steps"]),
             history=tuple(json.loads(texts["history"])),
+            memory=memory,
             clips=json.loads(texts.get("clips", "{}")),  # none adapted where a checkpoint does not have them
             average_P=tensors["average"].to(device) if "average" in tensors else None,
             average_Q=tensors["average_buffers"].to(device) if "average" in tensors else None,

@@ -1,0 +1,376 @@
+"""The rules of aggregation that a study may name."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trilemma.federation.aggregation.coordinates import coordinate_median, robust_learning_rate, trimmed_mean
+from trilemma.federation.aggregation.distances import bulyan, geometric_median, krum, multi_krum
+from trilemma.federation.aggregation.lengths import centred_clipping, norm_clipping
+from trilemma.federation.aggregation.outliers import divide_and_conquer, folded, foolsgold
+from trilemma.federation.aggregation.rule import Memory, Received
+from trilemma.federation.aggregation.rule_spec import Rule
+
+
+class Mean(Rule):
+    """The weighted mean of the updates (McMahan et al. 2017): one of them moves it without bound.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+    """
+
+    kind: Literal["mean"] = "mean"
+
+    @property
+    def name(self) -> str:
+        """Returns the rule."""
+        return "mean"
+
+    def sensitivity(self, clip: float, n: int) -> float | None:
+        """Returns 2 clip / n, for equal weights."""
+        return 2 * clip / n if self.before is None else None
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the weighted mean."""
+        return received.updates.combined(received.weights_N), memory
+
+
+class Median(Rule):
+    """The median of every coordinate (Yin et al. 2018); fewer than half of the updates may be an attacker's.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+    """
+
+    kind: Literal["median"] = "median"
+
+    @property
+    def name(self) -> str:
+        """Returns the rule."""
+        return "median"
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the median of every coordinate."""
+        return coordinate_median(received.updates), memory
+
+
+class TrimmedMean(Rule):
+    """The mean of every coordinate without its f largest and f smallest values (Yin et al. 2018); needs n > 2 f.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        num_byzantine: f, the number of attackers that it is made for.
+    """
+
+    kind: Literal["trimmed_mean"] = "trimmed_mean"
+    num_byzantine: int = Field(ge=1)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its numbers."""
+        return f"trimmed mean {self.num_byzantine}"
+
+    @property
+    def attackers(self) -> int:
+        """Returns f."""
+        return self.num_byzantine
+
+    @property
+    def least_rows(self) -> int:
+        """Returns 2 f + 1."""
+        return 2 * self.num_byzantine + 1
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the trimmed mean."""
+        return trimmed_mean(received.updates, self.num_byzantine), memory
+
+
+class GeometricMedian(Rule):
+    """The point with the least weighted sum of distances to the updates (Pillutla et al. 2022); needs n > 2 f.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+    """
+
+    kind: Literal["geometric_median"] = "geometric_median"
+
+    @property
+    def name(self) -> str:
+        """Returns the rule."""
+        return "geometric median"
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the geometric median."""
+        return geometric_median(received.updates, received.weights_N), memory
+
+
+class Krum(Rule):
+    """The update that is nearest to its n - f - 2 nearest others (Blanchard et al. 2017); needs n > 2 f + 2.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        num_byzantine: f, the number of attackers that it is made for.
+    """
+
+    kind: Literal["krum"] = "krum"
+    num_byzantine: int = Field(ge=1)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its numbers."""
+        return f"Krum {self.num_byzantine}"
+
+    @property
+    def attackers(self) -> int:
+        """Returns f."""
+        return self.num_byzantine
+
+    @property
+    def least_rows(self) -> int:
+        """Returns 2 f + 3."""
+        return 2 * self.num_byzantine + 3
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns Krum's choice."""
+        return krum(received.updates, self.num_byzantine), memory
+
+
+class MultiKrum(Rule):
+    """The mean of the n - f updates with the lowest scores of Krum (Blanchard et al. 2017); needs n > 2 f + 2.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        num_byzantine: f, the number of attackers that it is made for.
+        num_kept: Updates in the mean; None: n - f.
+    """
+
+    kind: Literal["multi_krum"] = "multi_krum"
+    num_byzantine: int = Field(ge=1)
+    num_kept: int | None = Field(default=None, ge=1)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its numbers."""
+        kept = "" if self.num_kept is None else f" keeping {self.num_kept}"
+        return f"multi-Krum {self.num_byzantine}{kept}"
+
+    @property
+    def attackers(self) -> int:
+        """Returns f."""
+        return self.num_byzantine
+
+    @property
+    def least_rows(self) -> int:
+        """Returns 2 f + 3, or what is kept."""
+        return max(2 * self.num_byzantine + 3, self.num_kept or 0)
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the mean of those that Krum prefers."""
+        return multi_krum(received.updates, self.num_byzantine, self.num_kept), memory
+
+
+class Bulyan(Rule):
+    """A mean around the median of the updates that Krum prefers (El Mhamdi et al. 2018); needs n >= 4 f + 3.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        num_byzantine: f, the number of attackers that it is made for.
+    """
+
+    kind: Literal["bulyan"] = "bulyan"
+    num_byzantine: int = Field(ge=1)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its numbers."""
+        return f"Bulyan {self.num_byzantine}"
+
+    @property
+    def attackers(self) -> int:
+        """Returns f."""
+        return self.num_byzantine
+
+    @property
+    def least_rows(self) -> int:
+        """Returns 4 f + 3."""
+        return 4 * self.num_byzantine + 3
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns Bulyan's mean."""
+        return bulyan(received.updates, self.num_byzantine), memory
+
+
+class NormClipping(Rule):
+    """The weighted mean of updates that are shortened to a length (Sun et al. 2019), with noise where that is wanted.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        bound: Greatest length of an update.
+        noise: Standard deviation of the noise on every parameter over the bound; nothing is promised for it. 0: none.
+    """
+
+    kind: Literal["norm_clipping"] = "norm_clipping"
+    bound: float = Field(gt=0)
+    noise: float = Field(default=0.0, ge=0)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its numbers."""
+        return f"norm clipping {self.bound:g}{f', noise {self.noise:g}' if self.noise else ''}"
+
+    def sensitivity(self, clip: float, n: int) -> float | None:
+        """Returns 2 min(clip, bound) / n, for equal weights."""
+        return 2 * min(clip, self.bound) / n if self.before is None else None
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the clipped mean."""
+        update_P = norm_clipping(received.updates, received.weights_N, self.bound)
+        if self.noise:
+            noise_P = torch.randn(update_P.shape, generator=received.draws, device=received.draws.device)
+            update_P = update_P + self.noise * self.bound * noise_P.to(update_P)
+        return update_P, memory
+
+
+class CentredClipping(Rule):
+    """A point that each update pulls by no more than a radius, from where it was (Karimireddy et al. 2021).
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        radius: The paper's tau, in the units of an update.
+        steps: Iterations in a round.
+    """
+
+    kind: Literal["centred_clipping"] = "centred_clipping"
+    radius: float = Field(gt=0)
+    steps: int = Field(default=1, ge=1)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its numbers."""
+        return f"centred clipping {self.radius:g}{f' x{self.steps}' if self.steps > 1 else ''}"
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the point, which is remembered."""
+        start_P = memory.get("point", torch.zeros_like(received.updates.matrix_NP[0]))
+        point_P = centred_clipping(received.updates, received.weights_N, start_P, self.radius, self.steps)
+        return point_P, {"point": point_P}
+
+
+class DivideAndConquer(Rule):
+    """The mean of the updates that never lie far out where updates differ most (Shejwalkar and Houmansadr 2021).
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        num_byzantine: f, the number of attackers that it is made for; needs n > 2 f.
+        rounds: How often coordinates are drawn; in each, `filter_factor` f updates are left out.
+        num_coordinates: That are drawn, at most.
+        filter_factor: The paper's c.
+    """
+
+    kind: Literal["divide_and_conquer"] = "divide_and_conquer"
+    num_byzantine: int = Field(ge=1)
+    rounds: int = Field(default=5, ge=1)
+    num_coordinates: int = Field(default=10_000, ge=1)
+    filter_factor: float = Field(default=1.0, gt=0)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its numbers."""
+        return f"divide and conquer {self.num_byzantine}"
+
+    @property
+    def attackers(self) -> int:
+        """Returns f."""
+        return self.num_byzantine
+
+    @property
+    def least_rows(self) -> int:
+        """Returns 2 f + 1."""
+        return 2 * self.num_byzantine + 1
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the mean of those that are left."""
+        update_P = divide_and_conquer(
+            received.updates,
+            self.num_byzantine,
+            received.draws,
+            num_coordinates=self.num_coordinates,
+            rounds=self.rounds,
+            filter_factor=self.filter_factor,
+        )
+        return update_P, memory
+
+
+class FoolsGold(Rule):
+    """A mean in which clients count the less the more alike they have pushed so far (Fung et al. 2020).
+
+    Against several attackers with one aim, among clients whose data differ. What a client has sent is remembered as
+    65536 sums of its numbers with random signs.
+
+    Attributes:
+        before: Not for this rule: it must know whose update is whose.
+    """
+
+    kind: Literal["foolsgold"] = "foolsgold"
+    before: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def name(self) -> str:
+        """Returns the rule."""
+        return "FoolsGold"
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the mean, and remembers what each client has sent."""
+        folded_KF = folded(received.updates)
+        histories = dict(memory)
+        for row, sender in enumerate(received.senders):
+            histories[str(sender)] = histories.get(str(sender), torch.zeros_like(folded_KF[0])) + folded_KF[row]
+        histories_KF = torch.stack([histories[str(sender)] for sender in received.senders])
+        return foolsgold(received.updates, histories_KF), histories
+
+
+class RobustLearningRate(Rule):
+    """The weighted mean, turned round in coordinates on whose sign too few updates agree (Ozdayi et al. 2021).
+
+    Against backdoors, which move coordinates that the honest do not care about.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        threshold: Updates that must outweigh the others' signs, at least f + 1.
+    """
+
+    kind: Literal["robust_learning_rate"] = "robust_learning_rate"
+    threshold: int = Field(ge=1)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its numbers."""
+        return f"robust learning rate {self.threshold}"
+
+    @property
+    def least_rows(self) -> int:
+        """Returns the threshold: with fewer rows every coordinate would be turned round."""
+        return self.threshold
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the mean with its turned coordinates."""
+        return robust_learning_rate(received.updates, received.weights_N, self.threshold), memory
+
+
+AggregationSpec = Annotated[
+    Mean
+    | Median
+    | TrimmedMean
+    | GeometricMedian
+    | Krum
+    | MultiKrum
+    | Bulyan
+    | NormClipping
+    | CentredClipping
+    | DivideAndConquer
+    | FoolsGold
+    | RobustLearningRate,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,101 @@
+"""A round's updates as rules see them: rows of a matrix that is never copied as a whole.
+
+Eleven million parameters of a hundred clients are gigabytes. Whatever a rule needs (norms, distances, a value for every
+coordinate) is computed from some columns at a time, and mixtures of rows are kept as the small matrix that mixes them.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+#: Numbers that are held at a time beside the updates.
+AT_A_TIME = 2**22
+
+
+class Updates:
+    """Some rows of parameters, perhaps mixed from others.
+
+    Attributes:
+        matrix_NP: What the clients sent, finite.
+        mix_KN: The rows as mixtures of those, or None where they are those.
+    """
+
+    def __init__(self, matrix_NP: Tensor, mix_KN: Tensor | None = None):
+        self.matrix_NP = matrix_NP
+        self.mix_KN = mix_KN
+
+    def __len__(self) -> int:
+        return len(self.matrix_NP) if self.mix_KN is None else len(self.mix_KN)
+
+    def mixed(self, mix_LK: Tensor) -> "Updates":
+        """Returns mixtures of the rows; mix_LK holds their shares, and costs no pass over the updates."""
+        mix_LK = mix_LK.to(torch.float64)
+        return Updates(self.matrix_NP, mix_LK if self.mix_KN is None else mix_LK @ self.mix_KN)
+
+    def squared_distances(self) -> Tensor:
+        """Returns the squared distances of all pairs of rows, (K, K) in double precision.
+
+        One pass for the lengths and one matrix product of N x P by P x N. Rows are taken relative to the one of median
+        length, which no distance depends on: what they have in common costs no digits, and a row that is huge costs
+        none of the others'.
+        """
+        middle = int(self.norms().argsort(stable=True)[(len(self) - 1) // 2])
+        products_KK = self._products(lambda block_Kc: block_Kc - block_Kc[middle])
+        squares_K = products_KK.diagonal()
+        distances_KK = (squares_K[:, None] + squares_K[None, :] - 2 * products_KK).clamp_(min=0.0)
+        distances_KK = distances_KK.nan_to_num(nan=torch.inf, posinf=torch.inf)  # of a row whose squares overflow
+        return distances_KK.fill_diagonal_(0.0)
+
+    def products(self) -> Tensor:
+        """Returns the inner products of all pairs of rows, (K, K) in double precision: one matrix product."""
+        return self._products(lambda block_Kc: block_Kc)
+
+    def norms(self, origin_P: Tensor | None = None) -> Tensor:
+        """Returns the lengths of the rows, or their distances from a point, (K,) in double precision: one pass."""
+        squares_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
+        for columns, block_Kc in self.blocks():
+            away_Kc = block_Kc if origin_P is None else block_Kc - origin_P[columns]
+            squares_K += torch.linalg.vector_norm(away_Kc, dim=1).double().square()
+        return squares_K.sqrt()
+
+    def dots(self, point_P: Tensor) -> Tensor:
+        """Returns the inner products of the rows with a point, (K,) in double precision: one pass."""
+        dots_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
+        for columns, block_Kc in self.blocks():
+            dots_K += (block_Kc @ point_P[columns]).double()
+        return dots_K
+
+    def combined(self, weights_K: Tensor) -> Tensor:
+        """Returns the sum of the rows times some weights, (P,): one pass."""
+        weights_K = weights_K.to(torch.float64)
+        weights_N = weights_K if self.mix_KN is None else weights_K @ self.mix_KN
+        return weights_N.to(self.matrix_NP) @ self.matrix_NP
+
+    def by_columns(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns what a function of some columns, (K, c) -> (c,), makes of all of them, (P,): one pass."""
+        result_P = torch.empty_like(self.matrix_NP[0])
+        for columns, block_Kc in self.blocks():
+            result_P[columns] = function(block_Kc)
+        return result_P
+
+    def columns(self, index_C: Tensor) -> Tensor:
+        """Returns some coordinates of all rows, (K, C)."""
+        block_NC = self.matrix_NP[:, index_C]
+        return block_NC if self.mix_KN is None else self.mix_KN.to(block_NC) @ block_NC
+
+    def _products(self, of_block: Callable[[Tensor], Tensor]) -> Tensor:
+        products_KK = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.matrix_NP.device)
+        for _, block_Kc in self.blocks():
+            block_Kc = of_block(block_Kc)
+            products_KK += (block_Kc @ block_Kc.T).double()
+        return products_KK
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields some columns at a time with the rows there, (K, c)."""
+        num_rows, num_columns = self.matrix_NP.shape
+        width = max(1, AT_A_TIME // num_rows)
+        for start in range(0, num_columns, width):
+            columns = slice(start, start + width)
+            block_Nc = self.matrix_NP[:, columns]
+            yield columns, block_Nc if self.mix_KN is None else self.mix_KN.to(block_Nc) @ block_Nc
