@@ -187,7 +187,7 @@ def _section(name: str, annotation: Any) -> list[str]:
     members = kinds(annotation)
     if not members:
         return []
-    parts = [f"## {name}"]
+    parts, above = [f"## {name}"], set[str]()
     for spec, kind in members:
         if kind:
             parts.append(f'### {name}: `kind = "{kind}"`')
@@ -198,6 +198,10 @@ def _section(name: str, annotation: Any) -> list[str]:
             if home:
                 parts.append(f"What `{inner}` may be stands under [{home}](#{home.replace('.', '')}).")
                 continue
+            if inner in above:
+                parts.append(f"What `{inner}` may be stands above.")
+                continue
+            above |= {inner} if tables else set()
             for table in tables:  # tables within the table that have no section of their own
                 heading = f"### {name}.{inner}" + (f': `kind = "{table.kind}"`' if table.kind else "")
                 parts += [heading, _about(table.spec), _table(table.spec)]

@@ -110,6 +110,7 @@ SECTIONS = {
     "ModelSpec": "base.model",
     "AlgorithmSpec": "base.algorithm",
     "ServerSpec": "base.server",
+    "AggregationSpec": "base.aggregation",
     "DefenceSpec": "base.defence",
     "PrivacySpec": "base.privacy",
     "ClippingSpec": "base.privacy.clipping",
