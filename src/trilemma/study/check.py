@@ -10,6 +10,7 @@ from rich.text import Text
 from trilemma.data.records import Dataset, Partition
 from trilemma.data.roots import DataRoots
 from trilemma.data.summary import client_rows
+from trilemma.federation.doubts import doubts_about_rule
 from trilemma.study.combine import key_of, undefined_evaluations, why_undefined
 from trilemma.study.facts import facts_key, prepare_all, public_data
 from trilemma.study.ledgers import check_books, unpromised_phrases
@@ -55,7 +56,15 @@ def check_study(
         console.print("\nThe hospitals' budget books allow all of it.")
     title = "Charged, and yet not promised" if books else "Nothing is promised for"
     _print_phrases(f"\n{title}:", unpromised_phrases(plan, place), console)
+    _print_phrases("\nRules of aggregation that may withstand less than they say:", _rule_doubts(plan), console)
     _print_phrases("\nNo guarantee can be given for:", list(dict.fromkeys(without_guarantee(plan))), console)
+
+
+def _rule_doubts(plan: Plan) -> list[str]:
+    each = [
+        (training.configuration, doubt) for training in plan.trainings for doubt in doubts_about_rule(training.spec)
+    ]
+    return [f"{configuration}: {doubt}" for configuration, doubt in dict.fromkeys(each)]
 
 
 def _print_phrases(title: str, phrases: list[str], console: Console) -> None:

@@ -1,0 +1,42 @@
+import pytest
+
+from helpers.tiny_federation import DP, tiny_spec
+from helpers.tiny_study import SMALLEST, plan_of, write_study
+from trilemma.federation.doubts import doubts_about_rule
+from trilemma.study.check import _rule_doubts
+
+TRIMMED = {"kind": "trimmed_mean", "num_byzantine": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"privacy": DP}, []),
+        ({"aggregation": TRIMMED}, []),
+        ({"aggregation": TRIMMED, "threat": {"kind": "label_flip", "num_malicious": 1}}, []),
+        ({"aggregation": {"kind": "median"}, "threat": {"kind": "label_flip", "num_malicious": 2}}, []),
+        (
+            {"aggregation": TRIMMED, "threat": {"kind": "label_flip", "num_malicious": 2}},
+            ["trimmed mean 1 is made for 1 attackers, and the threat has 2"],
+        ),
+        ({"aggregation": TRIMMED, "privacy": DP}, ["trimmed mean 1 may take noise for attacks and attacks for noise"]),
+        ({"aggregation": TRIMMED, "privacy": DP, "algorithm": {"kind": "centralised"}}, []),
+    ],
+)
+def test_what_is_doubtful_about_a_rule(changes, said):
+    found = doubts_about_rule(tiny_spec(**changes))
+    assert len(found) == len(said)
+    assert all(phrase in doubt for phrase, doubt in zip(said, found, strict=True))
+
+
+def test_a_doubt_is_told_once_with_its_configuration(tmp_path):
+    text = SMALLEST.replace(
+        "base.rounds = 1", 'base.rounds = 1\nseeds = [0, 1]\nbase.aggregation = { kind = "median" }'
+    )
+    text = (
+        text.replace("num_clients = 2", "num_clients = 2")
+        + "base.privacy = { kind = 'dp_sgd', epsilon = 8, delta = 1e-3 }\n"
+    )
+    (phrase,) = _rule_doubts(plan_of(write_study(tmp_path, text)))
+    assert phrase.endswith("median may take noise for attacks and attacks for noise") and ": local noise" in phrase
