@@ -31,12 +31,7 @@ def test_what_is_doubtful_about_a_rule(changes, said):
 
 
 def test_a_doubt_is_told_once_with_its_configuration(tmp_path):
-    text = SMALLEST.replace(
-        "base.rounds = 1", 'base.rounds = 1\nseeds = [0, 1]\nbase.aggregation = { kind = "median" }'
-    )
-    text = (
-        text.replace("num_clients = 2", "num_clients = 2")
-        + "base.privacy = { kind = 'dp_sgd', epsilon = 8, delta = 1e-3 }\n"
-    )
+    private = 'base.aggregation = { kind = "median" }\nbase.privacy = { kind = "dp_sgd", epsilon = 8, delta = 1e-3 }\n'
+    text = f"{SMALLEST}seeds = [0, 1]\n{private}"
     (phrase,) = _rule_doubts(plan_of(write_study(tmp_path, text)))
     assert phrase.endswith("median may take noise for attacks and attacks for noise") and ": local noise" in phrase
