@@ -76,6 +76,12 @@ def test_what_the_diagnostics_leave_of_their_images_is_compared_with_what_the_at
     assert reason == ("an upper bound: the attacks of the diagnostics leave less" if marks else "")
 
 
+def test_what_an_attack_leaves_of_them_within_another_radius_says_nothing():
+    diagnosed = Known("d", "", "linf", 0.1, 0.4, 256, {"own": 0.5})
+    assert why(attack(0.5), diagnosed) and not why(attack(0.0, radius=0.2), diagnosed)
+    assert why(attack(0.6, radius=0.2), diagnosed).endswith("within a smaller radius, 0.1")
+
+
 @pytest.mark.parametrize(("left", "marks"), [(90, True), (110, False), (125, False)])
 def test_where_that_is_not_known_it_must_be_less_beyond_chance(left, marks):
     """With 49 % as the truth, 106 of 256 or fewer are met once in a hundred times."""

@@ -128,11 +128,12 @@ def _leaves_less(other: Known, own: Known) -> bool:
     """Returns whether something leaves more than a point less.
 
     Of the same images of the same model that is a fact. The diagnostics see some of the images: there the attack must
-    leave significantly more than they do, of these images where its answers are known, of all where they are not.
+    leave significantly more than they do, of these images where its answers within their radius are known, of all where
+    they are not.
     """
     if other.label:
         return own.left - other.left > TOLERANCE
-    if own.key in other.sample:
+    if own.key in other.sample and own.radius == other.radius:
         return beyond_a_point(round((other.sample[own.key] - other.left) * other.n), other.n)
     least = max(0.0, min(1.0, own.left - TOLERANCE))
     return bool(binom.cdf(round(other.left * other.n), other.n, least) < LEVEL)
