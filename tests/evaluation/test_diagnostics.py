@@ -203,7 +203,6 @@ def of(evidence, name):
     [
         ("zero_gradient", {"no_gradient_N": 4}),
         ("rises_with_radius", {"smaller_N": 4}),
-        ("rises_with_radius", {"larger_stands_N": 4}),
         ("not_converged", {"longer_N": 4}),
     ],
 )
@@ -283,10 +282,22 @@ def test_what_the_studys_own_white_box_breaks_and_the_diagnostics_do_not_is_a_fl
     """Whatever it follows: an AutoAttack breaks some images without gradients."""
     evidence = evidence._replace(white_NK=evidence.clean_NK)
     left_M = np.flatnonzero(~evidence.white_N)
+    evidence = evidence._replace(chosen_M=left_M)
     for count, told in ((3, False), (4, True)):
         broken = np.isin(np.arange(64), left_M[:count])
         assert of(evidence._replace(tried_white_N=broken), "not_converged").raised == told
     assert not of(evidence._replace(tried_white_N=evidence.white_N), "not_converged").raised
+    few_M = left_M[:2]  # on the others no thorough attack was made: there it is no wonder
+    assert not of(evidence._replace(chosen_M=few_M, tried_white_N=np.ones(64, dtype=bool)), "not_converged").raised
+
+
+def test_from_the_radius_to_twice_the_radius_is_judged_by_what_was_tried(evidence):
+    """4 of 64 are too many, also where there are 256 images, and whatever was found within half the radius."""
+    wide = {"smaller_N": np.arange(64) < 3, "larger_stands_N": np.arange(64) < 4}
+    for num_larger, told in ((64, True), (0, False)):
+        flag = of(evidence._replace(num_larger=num_larger, **wide), "rises_with_radius")
+        assert flag.raised == told
+    assert (flag.value, flag.n) == (3 / 64, 64)
 
 
 @pytest.mark.parametrize("name", ["black_box_beats_white_box", "rises_with_radius", "not_converged"])
@@ -296,7 +307,7 @@ def test_of_those_that_were_drawn_fewer_are_too_many(evidence, name):
 
     def seen(broken_N):
         fields = {"black_boxes": {"Square": broken_N}, "smaller_N": broken_N, "longer_N": broken_N}
-        return of(evidence._replace(drawn_M=drawn_M, longest_M=np.arange(64), **fields), name)
+        return of(evidence._replace(drawn_M=drawn_M, **fields), name)
 
     assert seen(three).raised and "3 of them among the 32 drawn (p = .004)" in seen(three).evidence
     assert (seen(three).value, seen(three).n) == (3 / 32, 32)

@@ -113,9 +113,16 @@ def marked(
 
 
 def _least(own: Known, known: Iterable[Known]) -> Known | None:
-    """Returns what shows that a value is too high, of several what leaves the least; or None."""
-    lower = [k for k in known if k.norm == own.norm and k.radius <= own.radius and _leaves_less(k, own)]
+    """Returns what shows that a value is too high, of several what leaves the least, with that; or None."""
+    near = [k for k in known if k.norm == own.norm and k.radius <= own.radius and _leaves_less(k, own)]
+    lower = [k._replace(left=_left_of_all(k, own)) for k in near]
     return min(lower, key=lambda k: (k.left, k.label), default=None)
+
+
+def _left_of_all(other: Known, own: Known) -> float:
+    """Returns what something leaves of all images: of a sample's share, the attack's own less the difference there."""
+    on_sample = other.sample.get(own.key) if own.radius == other.radius else None
+    return min(own.left, other.left if on_sample is None else max(0.0, own.left - (on_sample - other.left)))
 
 
 def _why(least: Known, radius: float | None) -> str:

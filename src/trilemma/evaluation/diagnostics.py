@@ -19,8 +19,8 @@ independent:
 - *Sign test.* Where two attacks of equal cost are compared that may each win by chance (Dixon and Mood, 1946).
 
 Where more images stand than are followed, the test of a point is also made of those among them that were drawn, of
-which 3 of 32 are too many: they stand for all that are left. Ten flags are raised by up to three tests each; honest
-models are far from the edges of all of them.
+which 3 of 32 are too many: they stand for all that are left, of which an attack that works leaves 1 % to another. Ten
+flags are raised by up to three tests each; honest models are far from the edges of all of them.
 
 References: Carlini et al. (2019), "On Evaluating Adversarial Robustness"; Athalye, Carlini and Wagner (2018); Tramèr et
 al. (2020).
@@ -171,7 +171,7 @@ def black_box_beats_white_box(evidence: Evidence) -> Flag:
     each = " and ".join(f"{name} breaks {number}" for name, number in counts.items())
     seen = f"{each} of {_chosen(evidence)}"
     meaning = "whoever does not know the gradients does better than who knows them"
-    return _of_followed(evidence, "black_box_beats_white_box", broken_N, evidence.drawn_M, seen, meaning)
+    return _of_followed(evidence, "black_box_beats_white_box", broken_N, seen, meaning)
 
 
 def large_radius_survives(evidence: Evidence) -> Flag:
@@ -195,34 +195,34 @@ def rises_with_radius(evidence: Evidence) -> Flag:
     """Raised where more than a point of images break within a radius and stand within twice that radius.
 
     A larger ball holds the smaller one, so that a working attack does not lose an image. Looked at from half the
-    radius to the radius and from the radius to twice the radius.
+    radius to the radius, and from the radius to twice the radius, each by itself.
     """
-    half, twice = int(evidence.smaller_N.sum()), int(evidence.larger_stands_N.sum())
+    half, twice, tried = int(evidence.smaller_N.sum()), int(evidence.larger_stands_N.sum()), evidence.num_larger
     seen = (
-        f"{half} of {_chosen(evidence)} break within half the radius, and {twice} of {evidence.num_larger} that break "
-        f"within the radius stand within twice the radius"
+        f"{half} of {_chosen(evidence)} break within half the radius, and {twice} of {tried} that break within the "
+        f"radius stand within twice the radius"
     )
-    worse_N, drawn_M = (evidence.smaller_N, evidence.drawn_M) if half >= twice else (evidence.larger_stands_N, None)
     meaning = "the attack loses its way where it may go farther"
-    return _of_followed(evidence, "rises_with_radius", worse_N, drawn_M, seen, meaning)
+    if tried and beyond_a_point(twice, tried):
+        return _beyond_a_point(evidence, "rises_with_radius", twice, tried, seen, meaning)
+    return _of_followed(evidence, "rises_with_radius", evidence.smaller_N, seen, meaning)
 
 
 def not_converged(evidence: Evidence) -> Flag:
     """Raised where more steps, or the study's own attacks with gradients, break more than a point that it leaves.
 
-    No attack on a network converges to the last image; one that would still take a point away has not converged. Of the
-    study's attacks AutoAttack counts whole, although it breaks some images without gradients.
+    No attack on a network converges to the last image; one that would still take a point away has not converged. Both
+    count on the images that the thorough attack was made on. Of the study's attacks AutoAttack counts whole, although
+    it breaks some images without gradients.
     """
-    longer, tried = int(evidence.longer_N.sum()), int((evidence.tried_white_N & ~evidence.white_N).sum())
+    followed_N = np.isin(np.arange(len(evidence.labels_N)), evidence.chosen_M)
+    tried_N = evidence.tried_white_N & followed_N
     seen = (
-        f"APGD-{2 * THOROUGH_STEPS} from other starts breaks {longer} of {_chosen(evidence)}, and what else was tried "
-        f"breaks {tried} of all that it leaves"
+        f"APGD-{2 * THOROUGH_STEPS} from other starts breaks {int(evidence.longer_N.sum())} of {_chosen(evidence)}, "
+        f"and the study's own attacks break {int(tried_N.sum())} of them"
     )
-    drawn_M = np.intersect1d(evidence.drawn_M, evidence.longest_M)
     meaning = "more attacks would break still more"
-    if tried > longer:
-        return _beyond_a_point(evidence, "not_converged", tried, len(evidence.labels_N), seen, meaning)
-    return _of_followed(evidence, "not_converged", evidence.longer_N, drawn_M, seen, meaning)
+    return _of_followed(evidence, "not_converged", evidence.longer_N | tried_N, seen, meaning)
 
 
 def logit_scaling(evidence: Evidence) -> Flag:
@@ -321,18 +321,10 @@ def _beyond_a_point(evidence: Evidence, name: str, count: int, n: int, seen: str
     return _flag(evidence, name, beyond_a_point(count, n), count, n, f"{seen} ({p_value(probability)})", meaning)
 
 
-def _of_followed(
-    evidence: Evidence,
-    name: str,
-    found_N: NDArray[np.bool_],
-    drawn_M: NDArray[np.integer] | None,
-    seen: str,
-    meaning: str,
-) -> Flag:
+def _of_followed(evidence: Evidence, name: str, found_N: NDArray[np.bool_], seen: str, meaning: str) -> Flag:
     """Raises a flag where more than a point of all images was found, or of those that were drawn and stand for more."""
     count, n = int(found_N.sum()), len(found_N)
-    drawn_M = np.zeros(0, dtype=int) if drawn_M is None else drawn_M
-    of_drawn, drawn = int(found_N[drawn_M].sum()), len(drawn_M)
+    of_drawn, drawn = int(found_N[evidence.drawn_M].sum()), len(evidence.drawn_M)
     if not drawn or beyond_a_point(count, n) or not beyond_a_point(of_drawn, drawn):
         return _beyond_a_point(evidence, name, count, n, seen, meaning)
     probability = p_value(float(binom.sf(of_drawn - 1, drawn, TOLERANCE)))

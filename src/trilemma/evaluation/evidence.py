@@ -53,8 +53,6 @@ TARGETS = 2
 QUERIES = 300
 #: Images that go on where the first two attacks gave up, that are asked twice, and that may be changed at will.
 CHOSEN = 64
-#: Images on which the longest run is made.
-_LONGEST = 32
 Flags = NDArray[np.bool_]
 
 
@@ -76,12 +74,11 @@ class Evidence(NamedTuple):
         white_NK: The shipped model's logits under the white box.
         chosen_M: Positions of the images that went on from the white box.
         drawn_M: Of these the ones that were drawn, and stand for all that the white box leaves; none where all went on.
-        longest_M: Of these, drawn or not, the ones on which the longest run was made.
         entropy_left_M: Positions of chosen images that the cross entropy left.
         rescaled_N: Errors on these under PGD on the cross entropy of rescaled logits.
         unscaled_N: Errors on these under PGD on the cross entropy again, from the same starts as with rescaled logits.
         margin_N: Errors under APGD-40 on the margin, on the images that PGD-20 on the cross entropy left.
-        longer_N: Errors under APGD-200 from other starts, on at most 32 of them.
+        longer_N: Errors under APGD-200 from other starts, on the chosen.
         black_boxes: Name of a black box -> errors under it where the white box leaves the image: on the chosen, and of
             what else was tried on the model on all images.
         whole: Accuracy of the model on the whole test split as far as is known, and what always answering its most
@@ -109,7 +106,6 @@ class Evidence(NamedTuple):
     white_NK: Floats
     chosen_M: NDArray[np.integer]
     drawn_M: NDArray[np.integer]
-    longest_M: NDArray[np.integer]
     entropy_left_M: NDArray[np.integer]
     rescaled_N: Flags
     unscaled_N: Flags
@@ -158,7 +154,7 @@ def worth(clean_NK: Floats, records: Records) -> tuple[float, float]:
 def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evidence:
     """Returns the evidence.
 
-    Cost: for N images at most 60 N + 26000 gradient steps of one image (from three classes on 60 N + 46000), 300 * 64
+    Cost: for N images at most 60 N + 32000 gradient steps of one image (from three classes on 60 N + 58000), 300 * 64
     questions to the shipped model, and 1300 steps for each surrogate; less where images break.
 
     Args:
@@ -177,7 +173,6 @@ def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evide
     quick_NK, white_NK = _white_box(target, twin, records, budget, entropy_NK, seed)
     quick_N, white_N = (predictions(logits_NK) != records.labels_N for logits_NK in (quick_NK, white_NK))
     chosen_M, drawn_M = (index_M[~white_N[index_M]] for index_M in choose(quick_NK, ~quick_N, CHOSEN))
-    longest_M, _ = choose(white_NK, np.isin(np.arange(len(records)), chosen_M), _LONGEST)
     further = partial(_errors_at, target, records=records, seed=derive_seed(seed, "further"))
     first = records.subset(np.arange(min(len(records), CHOSEN)))
     anything_MK, twin_anything_MK = _both_logits(target, twin, _from_clean, _everything(budget, records), first, seed)
@@ -195,11 +190,10 @@ def gather(target: Target, records: Records, budget: Budget, seed: int) -> Evide
         white_NK=white_NK,
         chosen_M=chosen_M,
         drawn_M=drawn_M,
-        longest_M=longest_M,
         entropy_left_M=entropy_left_M,
         rescaled_N=further(_rescaled(twin), _pgd(target), budget, entropy_left_M),
         unscaled_N=further(twin, _pgd(target), budget, entropy_left_M),
-        longer_N=further(twin, _apgd(target, steps=2 * THOROUGH_STEPS), budget, longest_M),
+        longer_N=further(twin, _apgd(target, steps=2 * THOROUGH_STEPS), budget, chosen_M),
         black_boxes=_black_boxes(target, twin, records, budget, chosen_M, seed),
         whole=worth(clean_NK, records),
         tried_white_N=np.zeros(len(records), dtype=bool),

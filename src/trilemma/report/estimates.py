@@ -32,7 +32,8 @@ class Estimate:
         single: The mean interval of the single models, which speaks of other test patients only; None without one.
         reason: Why there is no value, or why some trainings are not in it; "" where nothing is amiss.
         withheld: Whether there are values that may not be shown.
-        least: Where some value is known to be too high: the mean over seeds of the least that is known to be left.
+        bound: Whether some value is known to be too high.
+        least: Where that is so and how much is left is known: the mean over seeds of the least.
     """
 
     value: float | None = None
@@ -44,12 +45,8 @@ class Estimate:
     single: tuple[float, float] | None = None
     reason: str = "not measured"
     withheld: bool = False
+    bound: bool = False
     least: float | None = None
-
-    @property
-    def bound(self) -> bool:
-        """Returns whether the value is known to be too high."""
-        return self.least is not None
 
     @property
     def judged(self) -> float | None:
@@ -123,6 +120,7 @@ def estimate(samples: Iterable[tuple[int, Measurement]]) -> Estimate:
         by_seed=by_seed,
         single=single,
         reason="; ".join(said),
+        bound=bool(bounds_only),
     )
 
 

@@ -139,8 +139,12 @@ def _judged(
     plan: Plan, cell: Cell, spec: EvaluationSpec, found: Evaluated, *, known: list[Known], doubts: dict[Budget, str]
 ) -> Evaluated:
     """Returns an evaluation with what may be read of it: bounds are marked, doubtful values withheld."""
+    if isinstance(spec, Diagnostics):
+        within = {spec.radius: doubts[spec.budget]}
+        shown = (_withheld(m, within) if m.metric == "robust_accuracy_bound" else m for m in told(found.measurements))
+        return replace(found, measurements=tuple(shown))
     if not isinstance(spec, _ATTACKS):
-        return replace(found, measurements=told(found.measurements))
+        return found
     measurements = marked(key_of(plan, cell, spec), found.evaluation, spec.norm, found.measurements, known)
     within = {budget.radius: doubts[budget] for budget in spec.budgets}
     measurements = tuple(_withheld(measurement, within) for measurement in measurements)
