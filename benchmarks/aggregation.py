@@ -57,9 +57,10 @@ PAIRWISE = ("krum", "multi_krum", "geometric_median", "bulyan", "median after ne
 
 def updates() -> Tensor:
     """Returns the updates."""
+    draws = torch.Generator().manual_seed(0)
     matrix_NP = torch.empty(CLIENTS, PARAMETERS)
     for row_P in matrix_NP:
-        row_P.normal_(generator=torch.Generator().manual_seed(0))
+        row_P.normal_(generator=draws)
     return matrix_NP
 
 

@@ -15,7 +15,29 @@ TRIMMED = {"kind": "trimmed_mean", "num_byzantine": 1}
         ({"privacy": DP}, []),
         ({"aggregation": TRIMMED}, []),
         ({"aggregation": TRIMMED, "threat": {"kind": "label_flip", "num_malicious": 1}}, []),
-        ({"aggregation": {"kind": "median"}, "threat": {"kind": "label_flip", "num_malicious": 2}}, []),
+        ({"aggregation": {"kind": "median"}, "threat": {"kind": "label_flip", "num_malicious": 1}}, []),
+        (
+            {"aggregation": {"kind": "median"}, "threat": {"kind": "label_flip", "num_malicious": 2}},
+            ["median is made for 1 attackers, and the threat has 2"],
+        ),
+        (
+            {
+                "aggregation": {"kind": "robust_learning_rate", "threshold": 2},
+                "threat": {"kind": "label_flip", "num_malicious": 2},
+            },
+            ["robust learning rate 2 is made for 1 attackers, and the threat has 2"],
+        ),
+        (
+            {
+                "aggregation": {"kind": "mean", "before": {"kind": "nearest_neighbours", "num_byzantine": 1}},
+                "threat": {"kind": "label_flip", "num_malicious": 2},
+            },
+            ["nearest neighbours is made for 1 attackers, and the threat has 2"],
+        ),
+        (
+            {"aggregation": {"kind": "median"}, "model": {"kind": "resnet9", "width": 4, "norm": "batch"}},
+            ["batch norm's statistics are averaged whatever the rule"],
+        ),
         (
             {"aggregation": TRIMMED, "threat": {"kind": "label_flip", "num_malicious": 2}},
             ["trimmed mean 1 is made for 1 attackers, and the threat has 2"],

@@ -93,6 +93,9 @@ def aggregate(
         generator(spec.seed, "aggregation", state.round),
     )
     update_P, memory = rule_of(spec).make().apply(received, state.memory)
+    if not bool(update_P.isfinite().all()):
+        refused = f"aggregation '{spec.aggregation.kind}' made of finite updates one that is not finite"
+        return Aggregated(None, state.buffers_Q, clips, [], state.memory, refused)
     buffers_Q = state.buffers_Q
     if not private:  # nothing that no noise was added to may come from a private client
         buffers_Q = weights_N @ torch.stack([results[client.name].buffers_Q for client in sound])

@@ -81,7 +81,7 @@ def geometric_median(updates: Updates, weights_N: Tensor) -> Tensor:
 
 def geometric_median_weights(distances_KK: Tensor, weights_K: Tensor) -> Tensor:
     """Returns the mixture of the rows that is their geometric median, from squared distances."""
-    middle = (len(distances_KK) + 1) // 2  # of a row's distances to the others; the first is 0, to itself
+    middle = len(distances_KK) // 2  # of a row's distances, the first of which is 0, to itself: over half of the rows
     typical_K = distances_KK.sqrt().sort(dim=1).values[:, middle]
     spread = float(typical_K.sort().values[(len(typical_K) - 1) // 2])
     # Where most rows coincide they are the median. Beside rows that are still farther no digit of the others is left.

@@ -57,7 +57,7 @@ def fltrust(updates: Updates, root_P: Tensor) -> Tensor:
     length = float(torch.linalg.vector_norm(root_P.double()))
     norms_K, dots_K = updates.norms(), updates.dots(root_P)
     scale_K = torch.where(norms_K > 0, length / norms_K, 0.0)
-    trust_K = torch.where(norms_K * length > 0, dots_K / (norms_K * length), 0.0).clamp(min=0.0)
+    trust_K = torch.where(norms_K * length > 0, dots_K / (norms_K * length), 0.0).nan_to_num(nan=0.0).clamp(0.0, 1.0)
     total = float(trust_K.sum())
     return updates.combined(trust_K * scale_K / total if total > 0 else torch.zeros_like(trust_K))
 

@@ -21,6 +21,9 @@ def divide_and_conquer(
 ) -> Tensor:
     """Returns the mean of the rows that never lie far out along the direction in which rows differ most.
 
+    What sticks out in a few of many coordinates is seen only in rounds that draw these; then a row that is huge there
+    stays. Norms are for another stage: shorten the rows first where that can be.
+
     Requirement: 2 f < n. Cost: O(n c) for each round, c coordinates, and O(n p) once. References: Shejwalkar and
     Houmansadr (2021), Algorithm 2.
 
@@ -43,9 +46,7 @@ def divide_and_conquer(
         _, vectors_KK = torch.linalg.eigh(block_KC @ block_KC.T)
         outlying_K = vectors_KK[:, -1].square()
         good_K[outlying_K.argsort(descending=True, stable=True)[:num_left_out]] = False
-    if not bool(good_K.any()):
-        good_K[:] = True
-    return updates.combined(good_K.double() / good_K.sum())
+    return updates.combined(good_K.double() / max(1, int(good_K.sum())))  # of none that are good, no move
 
 
 def foolsgold(updates: Updates, histories_KF: Tensor) -> Tensor:
@@ -66,8 +67,9 @@ def foolsgold(updates: Updates, histories_KF: Tensor) -> Tensor:
 
 
 def foolsgold_weights(histories_KF: Tensor) -> Tensor:
-    """Returns the weight in [0, 1] that FoolsGold gives each sender."""
-    rows_KF = histories_KF.double()
+    """Returns the weight in [0, 1] that FoolsGold gives each sender; 0 to one whose history is not finite."""
+    finite_K = histories_KF.isfinite().all(dim=1)
+    rows_KF = torch.where(finite_K[:, None], histories_KF.double(), 0.0)
     rows_KF = rows_KF / torch.linalg.vector_norm(rows_KF, dim=1, keepdim=True).clamp(min=_TINY)
     cosine_KK = rows_KF @ rows_KF.T
     cosine_KK.fill_diagonal_(-1.0)
@@ -82,7 +84,7 @@ def foolsgold_weights(histories_KF: Tensor) -> Tensor:
     weights_K = weights_K / weights_K.amax().clamp(min=_TINY)
     weights_K = weights_K.clamp(max=0.99)  # as the authors do before the logit
     logit_K = (weights_K / (1 - weights_K)).clamp(min=_TINY).log() + 0.5
-    return logit_K.clamp(0.0, 1.0)
+    return torch.where(finite_K, logit_K.clamp(0.0, 1.0), 0.0)
 
 
 def folded(updates: Updates) -> Tensor:
@@ -95,8 +97,9 @@ def folded(updates: Updates) -> Tensor:
     draws = torch.Generator().manual_seed(0)
     place_P = torch.randint(FOLDED, (num_parameters,), generator=draws)
     sign_P = 1.0 - 2.0 * torch.randint(2, (num_parameters,), generator=draws)
-    found_KF = updates.matrix_NP.new_zeros(len(updates), FOLDED)
+    found_KF = torch.zeros(len(updates), FOLDED, dtype=torch.float64, device=updates.matrix_NP.device)
     device = updates.matrix_NP.device
     for columns, block_Kc in updates.blocks():
-        found_KF.index_add_(1, place_P[columns].to(device), block_Kc * sign_P[columns].to(block_Kc))
+        signed_Kc = block_Kc.double() * sign_P[columns].to(device, torch.float64)
+        found_KF.index_add_(1, place_P[columns].to(device), signed_Kc)
     return found_KF

@@ -163,8 +163,8 @@ class MultiKrum(Rule):
 
     @property
     def least_rows(self) -> int:
-        """Returns 2 f + 3, or what is kept."""
-        return max(2 * self.num_byzantine + 3, self.num_kept or 0)
+        """Returns 2 f + 3, or what is kept and f more: nobody chooses well among all."""
+        return max(2 * self.num_byzantine + 3, (self.num_kept or 0) + self.num_byzantine)
 
     def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
         """Returns the mean of those that Krum prefers."""
@@ -263,7 +263,8 @@ class DivideAndConquer(Rule):
 
     Attributes:
         before: What happens to the updates before the rule looks at them; None: nothing.
-        num_byzantine: f, the number of attackers that it is made for; needs n > 2 f.
+        num_byzantine: f, the number of attackers that it is made for; needs n > 2 f. An attacker who is huge in a few
+            of many parameters is seen only in rounds that draw these.
         rounds: How often coordinates are drawn; in each, `filter_factor` f updates are left out.
         num_coordinates: That are drawn, at most.
         filter_factor: The paper's c.

@@ -56,14 +56,14 @@ class Updates:
         squares_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
         for columns, block_Kc in self.blocks():
             away_Kc = block_Kc if origin_P is None else block_Kc - origin_P[columns]
-            squares_K += torch.linalg.vector_norm(away_Kc, dim=1).double().square()
+            squares_K += torch.linalg.vector_norm(away_Kc.double(), dim=1).square()  # floats' squares overflow
         return squares_K.sqrt()
 
     def dots(self, point_P: Tensor) -> Tensor:
         """Returns the inner products of the rows with a point, (K,) in double precision: one pass."""
         dots_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
         for columns, block_Kc in self.blocks():
-            dots_K += (block_Kc @ point_P[columns]).double()
+            dots_K += block_Kc.double() @ point_P[columns].double()
         return dots_K
 
     def combined(self, weights_K: Tensor) -> Tensor:
