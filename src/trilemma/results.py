@@ -29,6 +29,8 @@ class Run:
             began); None like `seconds`.
         num_parameters: Trainable parameters.
         chosen_round: The round that early stopping chose, counted from 1; None where none was chosen.
+        labels: Field of the training -> label of its value, for what a report names: {"aggregation": "median"}.
+        doubts: What its rule of aggregation cannot do in this training, a sentence each.
     """
 
     key: str
@@ -43,6 +45,8 @@ class Run:
     peak_memory_bytes: int | None
     num_parameters: int
     chosen_round: int | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def test_centralised_sees_all_and_local_only_one():
     dataset = tiny_dataset()
     (everyone,) = tiny_federation(dataset, algorithm={"kind": "centralised"}).clients
     assert everyone.num_records == len(dataset.train)
-    assert len(everyone.training_records(tiny_spec(), None)) == len(dataset.train)
+    assert len(everyone.training_records(tiny_spec(), None, 0)) == len(dataset.train)
     federation = tiny_federation(dataset)
     (alone,) = tiny_federation(dataset, algorithm={"kind": "local_only", "client": 1}).clients
     assert alone.name == "client 2"
@@ -59,7 +59,7 @@ def test_only_malicious_records_change(algorithm):
     clean = np.concatenate([s.records.labels_N for c in federation.clients for s in c.shards])
     hospital = np.concatenate([np.full(len(s.records), s.hospital) for c in federation.clients for s in c.shards])
     for _ in range(2):  # round after round the same records lie
-        poisoned = [c.training_records(federation.spec, federation.classifier) for c in federation.clients]
+        poisoned = [c.training_records(federation.spec, federation.classifier, 0) for c in federation.clients]
         changed = np.concatenate([records.labels_N for records in poisoned]) != clean
         assert np.array_equal(changed, hospital == 1)
 
@@ -134,7 +134,7 @@ def test_each_malicious_client_draws_its_own_records():
     federation = tiny_federation(threat={"kind": "label_flip", "num_malicious": 2, "share": 0.5})
     changed = []
     for client in federation.clients:
-        poisoned = client.training_records(federation.spec, federation.classifier)
+        poisoned = client.training_records(federation.spec, federation.classifier, 0)
         changed.append(poisoned.labels_N != client.shards[0].records.labels_N)
     assert [int(mask.sum()) for mask in changed] == [0, 16, 16]
     assert not np.array_equal(changed[1], changed[2])

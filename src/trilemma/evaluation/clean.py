@@ -18,13 +18,20 @@ from trilemma.evaluation.metrics import Floats, Integers
 
 
 def clean_measurements(
-    logits_NK: Floats, labels_N: Integers, units_N: Integers, client_N: Integers, clients: tuple[str, ...], seed: int
+    logits_NK: Floats,
+    labels_N: Integers,
+    units_N: Integers,
+    client_N: Integers,
+    clients: tuple[str, ...],
+    seed: int,
+    malicious: tuple[int, ...] = (),
 ) -> list[Measurement]:
     """Returns the clean metrics of one artefact.
 
     Shares (accuracy, majority_accuracy, and sensitivity and specificity of two classes) have Wilson's interval over
     patients, the rest the percentile bootstrap over patients. Every client has accuracy and AUROC; the client
-    "worst" repeats those of the client with the lowest accuracy, the first of equal ones.
+    "worst" repeats those of the client with the lowest accuracy, the first of equal ones, and "worst honest" those of
+    the worst that is not malicious, where some are.
 
     Args:
         logits_NK: The shipped model's logits on the test split.
@@ -33,6 +40,7 @@ def clean_measurements(
         client_N: Position in `clients` of the client whose patients a record is like.
         clients: The clients' names.
         seed: Seed of the bootstrap.
+        malicious: Positions of the clients on which the study's threat acts.
     """
     found = _overall(logits_NK, labels_N, units_N, seed)
     pairs = []
@@ -44,10 +52,18 @@ def clean_measurements(
             auroc("auroc", logits_NK[mine_N], labels_N[mine_N], weights_RN),
         )
         pairs.append([measurement._replace(client=client) for measurement in of_client])
+    found += [measurement for pair in pairs for measurement in pair]
+    found += _worst(pairs, "worst")
+    if malicious:
+        found += _worst([pair for position, pair in enumerate(pairs) if position not in malicious], "worst honest")
+    return found
+
+
+def _worst(pairs: list[list[Measurement]], name: str) -> list[Measurement]:
+    """Returns the measurements of the client with the lowest accuracy, under another name."""
     measured = [pair for pair in pairs if pair[0].value is not None]
     worst = min(measured, key=lambda pair: pair[0].value or 0.0, default=[])
-    found += [measurement for pair in pairs for measurement in pair]
-    return found + [measurement._replace(client="worst") for measurement in worst]
+    return [measurement._replace(client=name) for measurement in worst]
 
 
 def _overall(logits_NK: Floats, labels_N: Integers, units_N: Integers, seed: int) -> list[Measurement]:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from trilemma.attacks.budget import Budget, Norm, check_radius
 from trilemma.attacks.evasion.attack import NORM_LABELS
 from trilemma.attacks.evasion.specs import Apgd, EvasionSpec, Fgsm, MiFgsm, Pgd
+from trilemma.attacks.poisoning.triggers import Patch, TriggerSpec
 from trilemma.spec import Radius, Spec
 
 
@@ -134,6 +135,26 @@ class AllAtOnce(Spec):
         return f"all at once {NORM_LABELS[self.norm]}"
 
 
+class Backdoor(Spec):
+    """Looks for a backdoor: how often its trigger turns test images of other classes into the attacker's class.
+
+    Of a model whose training nobody attacked it is the rate by chance.
+
+    Attributes:
+        trigger: What is laid over the test images, as a whole, whatever part of it each malicious client used.
+        target: The class that the attacker wants, counted from 0.
+    """
+
+    kind: Literal["backdoor"] = "backdoor"
+    trigger: TriggerSpec = Patch()
+    target: int = Field(default=0, ge=0)
+
+    @property
+    def label(self) -> str:
+        """Returns the text for tables."""
+        return f"backdoor by {self.trigger.label} to class {self.target}"
+
+
 class Diagnostics(Spec):
     """Looks for robustness that is not there: each sign of it is a flag, and a flag withholds robust accuracies.
 
@@ -168,6 +189,6 @@ class Diagnostics(Spec):
 
 
 EvaluationSpec = Annotated[
-    Clean | EvasionSpec | Transfer | AllAtOnce | Diagnostics | Cost,
+    Clean | EvasionSpec | Transfer | AllAtOnce | Backdoor | Diagnostics | Cost,
     Field(discriminator="kind"),
 ]

@@ -72,12 +72,20 @@ class Client:
         chosen = [self.units[unit].tolist() for unit in units]
         return [record for records in chosen for record in records], [len(records) for records in chosen]
 
-    def training_records(self, spec: TrainSpec, classifier: Classifier, drawn: np.ndarray | None = None) -> Records:
+    @property
+    def malicious(self) -> bool:
+        """Returns whether the study's threat acts on all that it holds, so that it may send what it likes."""
+        return all(shard.malicious for shard in self.shards)
+
+    def training_records(
+        self, spec: TrainSpec, classifier: Classifier, round_index: int, drawn: np.ndarray | None = None
+    ) -> Records:
         """Returns what it trains on in a round: its records, poisoned where a shard is malicious.
 
         Args:
             spec: The training.
             classifier: The round's global model, which an attacker sees too.
+            round_index: From 0.
             drawn: Positions of the records that the round looks at: no others need to be poisoned. None: all.
         """
         parts, start = [], 0
@@ -85,10 +93,12 @@ class Client:
             inside = None if drawn is None else drawn[(drawn >= start) & (drawn < start + len(shard.records))] - start
             start += len(shard.records)
             records = shard.records
-            if shard.malicious:
+            if shard.malicious and spec.threat.acts(round_index):
                 # The same stream every round: the same records are poisoned throughout.
                 draws = generator(spec.seed, "threat", shard.hospital)
-                records = spec.threat.poison(records, classifier, classifier.num_classes, draws, inside)
+                everybody = spec.threat.malicious(spec.partition.num_clients)
+                position = (everybody.index(shard.hospital), len(everybody))
+                records = spec.threat.poison(records, classifier, classifier.num_classes, draws, inside, position)
             parts.append(records)
         return concatenate(parts)
 
@@ -112,9 +122,7 @@ def make_clients(spec: TrainSpec, dataset: Dataset, partition: Partition) -> tup
         clients = [_make_client(spec, partition.clients[number], number, (shards[number],), 1.0)]
     else:
         clients = [
-            _make_client(
-                spec, name, number, (shards[number],), _weight(spec.algorithm, number, len(shards[number].records))
-            )
+            _make_client(spec, name, number, (shards[number],), _weight(spec, spec.algorithm, shards[number]))
             for number, name in enumerate(partition.clients)
         ]
     return _with_plans(spec, tuple(replace(client, fingerprint=dataset.fingerprint) for client in clients))
@@ -199,10 +207,12 @@ def _told_of(client: Client) -> Iterator[None]:
         ) from None
 
 
-def _weight(algorithm: FedAvg, number: int, num_records: int) -> float:
+def _weight(spec: TrainSpec, algorithm: FedAvg, shard: Shard) -> float:
+    """Returns the weight of a hospital's updates; by records it rests on what the hospital says that it holds."""
     if algorithm.weights == "records":
-        return float(num_records)
-    return 1.0 if algorithm.weights == "equal" else algorithm.weights[number]
+        told = len(shard.records)
+        return float(spec.threat.claimed(told) if shard.malicious else told)
+    return 1.0 if algorithm.weights == "equal" else algorithm.weights[shard.hospital]
 
 
 def _make_client(spec: TrainSpec, name: str, number: int, shards: tuple[Shard, ...], weight: float) -> Client:

@@ -120,7 +120,7 @@ def unpromised(federation: Federation) -> frozenset[str]:
     privacy = federation.spec.privacy
     if isinstance(privacy, DpSgd) and privacy.unit == "client":
         return frozenset()
-    return frozenset(client.name for client in federation.clients if all(shard.malicious for shard in client.shards))
+    return frozenset(client.name for client in federation.clients if client.malicious)
 
 
 def malicious_outside(federation: Federation) -> list[str]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from trilemma.data.duplicates import digests
-from trilemma.data.records import Dataset, Records
+from trilemma.data.records import Dataset
 from trilemma.errors import UserError
 from trilemma.federation.local_training import load_batch, mean_gradient
+from trilemma.federation.public import refuse_other_classes, refuse_other_form, refuse_shared
 from trilemma.federation.specs import Pretraining, TrainSpec
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import get_params, set_params
@@ -69,40 +69,12 @@ def refuse_unfit(dataset: Dataset, public: Dataset, looked_at: bool = False) -> 
     Raises:
         UserError: If sizes or channels differ, or an image is one of the study's own.
     """
-    for what, ours, other in (
-        ("pixels a side", dataset.image_size, public.image_size),
-        ("channels", dataset.channels, public.channels),
-    ):
-        if ours != other:
-            raise UserError(
-                "pretraining.data",
-                f"the images of {public.name} have {other} {what}, and those of {dataset.name} have {ours}",
-                "Use images of the same size and channels for both",
-            )
-    _refuse_shared(dataset, public, "training", public.train)
+    refuse_other_form("pretraining.data", dataset, public)
+    refuse_shared("pretraining.data", dataset, public, "training", public.train)
     if not looked_at:
         return
-    if len(dataset.classes) != len(public.classes):
-        raise UserError(
-            "early_stopping.split",
-            f"'public' looks at the images of {public.name}, which have {len(public.classes)} classes, and those of "
-            f"{dataset.name} have {len(dataset.classes)}",
-            "Pretrain on images with the same classes, or leave early_stopping out",
-        )
-    _refuse_shared(dataset, public, "validation", public.val)
-
-
-def _refuse_shared(dataset: Dataset, public: Dataset, what: str, theirs: Records) -> None:
-    used = digests(theirs)
-    unseen = dataset.test if dataset.unseen is None else dataset.unseen
-    for split, records in (("train", dataset.train), ("val", dataset.val), ("test", unseen)):
-        shared = len(set(digests(records)).intersection(used))
-        if shared:
-            raise UserError(
-                "pretraining.data",
-                f"{shared} {what} images of {public.name} are {split} images of {dataset.name} too, pixel for pixel",
-                "Pretrain on other images (phantoms: give them another seed); these are not public, or not unseen",
-            )
+    refuse_other_classes("early_stopping.split", dataset, public)
+    refuse_shared("pretraining.data", dataset, public, "validation", public.val)
 
 
 def _train(spec: TrainSpec, how: Pretraining, public: Dataset, model: Classifier) -> None:

@@ -31,6 +31,46 @@ def why_unsound(spec: "TrainSpec") -> str:
     return ""
 
 
+def why_no_root(spec: "TrainSpec") -> str:
+    """Returns why the server may not train on its own images; empty where it may, or has none."""
+    rule = spec.aggregation
+    if rule.kind != "fltrust" or rule.data is not None:
+        return ""
+    if isinstance(spec.privacy, DpSgd):
+        return (
+            "aggregation 'fltrust' trains on the validation images, which are private, and what that tells of them is "
+            "not accounted for; under DP name public images, data = { kind = ... }"
+        )
+    if spec.data.evaluate_on == "val":
+        return (
+            "aggregation 'fltrust' trains on the validation images that data.evaluate_on = 'val' measures on; name "
+            "other images, data = { kind = ... }"
+        )
+    return ""
+
+
+def why_no_such_threat(spec: "TrainSpec") -> str:
+    """Returns why a threat cannot act in a training; empty where it can."""
+    threat, federated = spec.threat, spec.algorithm.kind in ("fedavg", "fedprox")
+    if threat.on_updates and not federated:
+        return (
+            f"threat '{threat.kind}' changes what hospitals send, and algorithm '{spec.algorithm.kind}' sends no "
+            "updates; name the baseline in [[baselines]] with threat = { kind = 'none' }"
+        )
+    if threat.kind == "inflated_count" and not (federated and getattr(spec.algorithm, "weights", "") == "records"):
+        return "threat 'inflated_count' needs algorithm.weights = 'records': other weights do not ask for counts"
+    if not isinstance(spec.privacy, DpSgd) or not threat.sees_others:
+        return ""
+    if spec.privacy.trust == "local":
+        return ""
+    hidden = "a secure sum" if spec.privacy.trust == "distributed" else "a server that adds the noise"
+    return (
+        f"threat '{threat.kind}' knows what the honest hospitals send, and under trust '{spec.privacy.trust}' {hidden} "
+        "shows single updates to nobody else: what it sent would break the guarantee; use knows = 'own', or another "
+        "threat"
+    )
+
+
 def why_no_looks(spec: "TrainSpec") -> str:
     """Returns why early stopping may not choose the model in the way it is asked to; empty where it may."""
     stopping = spec.early_stopping

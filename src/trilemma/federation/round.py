@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from trilemma.data.records import Records
+from trilemma.federation.admission import digest
 from trilemma.federation.clients import Client, participants
 from trilemma.federation.early_stopping import best_so_far, look
 from trilemma.federation.local_training import LocalResult, drawn_records, load_model, local_train
-from trilemma.federation.server import Federation, aggregate, server_step
+from trilemma.federation.malice import forged
+from trilemma.federation.root import root_update
+from trilemma.federation.server import Aggregated, Federation, aggregate, server_step
 from trilemma.federation.specs import Averaging, Centralised, FedAvg, LocalOnly
 from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.federation.streams import private_generator
@@ -28,7 +31,9 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     started, spec = time.perf_counter(), federation.spec
     chosen = who_takes_part(federation, state.round)
     results = {client.name: _train(federation, client, state) for client in chosen}
-    aggregated = aggregate(federation, chosen, results, state)
+    root_P = root_update(spec, federation.root, federation.classifier, state)
+    results, plot = forged(federation, chosen, results, state, root_P)
+    aggregated = aggregate(federation, chosen, results, state, root_P)
     params_P, server = state.params_P, state.server
     if aggregated.update_P is not None:
         params_P, server = server_step(spec, params_P, aggregated.update_P, server)
@@ -41,6 +46,8 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
         private_steps=_charged(federation, chosen, state),
         clips=aggregated.clips,
         memory=dict(aggregated.memory),
+        plot=plot,
+        seen=(*state.seen, *(digest(results[client.name].update_P) for client in aggregated.used)),
         average_P=average_P,
         average_Q=average_Q,
         pretraining_seconds=state.pretraining_seconds,
@@ -50,7 +57,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     row |= look(spec, federation.classifier, federation.looked_at, state.round + 1)
     best_P, best_Q = best_so_far(spec, state, row, following.latest_P, following.latest_Q)
     if federation.plan is None:  # where it must stay secret who took part, a row must not tell
-        row |= _of_the_clients(federation, results, aggregated.used, state)
+        row |= _of_the_clients(federation, results, aggregated, state)
         row |= {"refused": aggregated.refused} if aggregated.refused else {}
     kept = dict(state.clients)
     if not isinstance(spec.algorithm, FedAvg):
@@ -64,14 +71,15 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
 
 
 def _of_the_clients(
-    federation: Federation, results: dict[str, LocalResult], used: list[Client], state: TrainingState
+    federation: Federation, results: dict[str, LocalResult], aggregated: Aggregated, state: TrainingState
 ) -> dict[str, Any]:
     """Returns who took part in a round, what crossed the network, and the mean training loss where it may be kept."""
     privacy, chosen = federation.spec.privacy, [client for client in federation.clients if client.name in results]
     no_noise_of_its_own = isinstance(privacy, DpSgd) and privacy.noise == "system"
     return {
         "clients": [client.name for client in chosen],
-        "dropped": [client.name for client in chosen if client not in used],
+        "dropped": [client.name for client in chosen if client not in aggregated.used],
+        **({"left_out": dict(aggregated.left_out)} if aggregated.left_out else {}),
         "loss": None if no_noise_of_its_own else mean_loss([result.loss for result in results.values()]),
         **_traffic(federation, chosen, state),
     }
@@ -137,7 +145,7 @@ def _charged(federation: Federation, chosen: list[Client], state: TrainingState)
 def _train(federation: Federation, client: Client, state: TrainingState) -> LocalResult:
     classifier, spec = federation.classifier, federation.spec
     load_model(classifier, state.params_P, state.buffers_Q)
-    records = client.training_records(spec, classifier, drawn_records(spec, client, state.round))
+    records = client.training_records(spec, classifier, state.round, drawn_records(spec, client, state.round))
     clip = state.clips.get(EVERYBODY, state.clips.get(client.name)) if client.plan is not None else None
     return local_train(spec, client, classifier, records, state.round, state.clients.get(client.name), clip)
 

@@ -1,12 +1,16 @@
 """What the server does with a round's updates: from what the clients sent to the next model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trilemma.data.records import Records
+from trilemma.federation.admission import is_too_long, why_malformed, why_old, why_too_long
+from trilemma.federation.aggregation.coordinates import coordinate_median
 from trilemma.federation.aggregation.rule import Memory, Received
 from trilemma.federation.aggregation.rule_spec import Rule
 from trilemma.federation.aggregation.specs import Mean
@@ -35,6 +39,7 @@ class Federation:
         plan: The server's, where it is trusted to protect whole clients; None otherwise.
         fingerprint: Of the data set; names the server's private streams together with the training.
         looked_at: Records that choose the round whose weights become the model, where early stopping does.
+        root: The server's own records, where the rule of aggregation trusts them.
     """
 
     spec: TrainSpec
@@ -44,6 +49,7 @@ class Federation:
     plan: PrivacyPlan | None = None
     fingerprint: str = ""
     looked_at: Records | None = None
+    root: Records | None = None
 
 
 class Aggregated(NamedTuple):
@@ -56,6 +62,7 @@ class Aggregated(NamedTuple):
         used: The clients whose updates entered.
         memory: What the rule of aggregation remembers.
         refused: Why no rule was applied to the updates that came, or "".
+        left_out: Client name -> why its update may not enter.
     """
 
     update_P: Tensor | None
@@ -64,42 +71,81 @@ class Aggregated(NamedTuple):
     used: list[Client]
     memory: Memory
     refused: str = ""
+    left_out: Mapping[str, str] = MappingProxyType({})
 
 
 def aggregate(
-    federation: Federation, chosen: list[Client], results: dict[str, LocalResult], state: TrainingState
+    federation: Federation,
+    chosen: list[Client],
+    results: dict[str, LocalResult],
+    state: TrainingState,
+    root_P: Tensor | None = None,
 ) -> Aggregated:
-    """Returns what the chosen clients' results come to, by the study's kind of trust."""
+    """Returns what the chosen clients' results come to, by the study's kind of trust.
+
+    Args:
+        federation: The training.
+        chosen: Who took part.
+        results: Client name -> what it sent.
+        state: Before the round.
+        root_P: The server's own update, where the rule asks for one.
+    """
     spec = federation.spec
-    sound = [client for client in chosen if is_sound(results[client.name], state)]
+    distributed = isinstance(spec.privacy, DpSgd) and spec.privacy.trust == "distributed"
+    left_out = {name: why for name, result in results.items() if (why := _why_left_out(federation, result, state))}
+    sound = [client for client in chosen if client.name not in left_out]
     if federation.plan is not None:
         return _noised_by_server(federation, federation.plan, sound, results, state)
-    private = isinstance(spec.privacy, DpSgd)
-    distributed = isinstance(spec.privacy, DpSgd) and spec.privacy.trust == "distributed"
-    if distributed and len(sound) < len(chosen):
+    if distributed and left_out:
         sound = []  # of a secure sum no part can be left out, and the others' shares alone are too little noise
     clips = _moved_together(chosen, results, state) if distributed and sound else dict(state.clips)
     clips |= {c.name: clip for c in chosen if not distributed and (clip := results[c.name].clip) is not None}
+    nothing = Aggregated(None, state.buffers_Q, clips, [], state.memory, "", left_out)
     refused = why_too_few(spec, len(sound)) if sound else ""
     if not sound or refused:
-        return Aggregated(None, state.buffers_Q, clips, [], state.memory, refused)
+        return nothing._replace(refused=refused)
+    received = _received(federation, sound, results, state)._replace(root_P=root_P)
+    update_P, memory = rule_of(spec).make().apply(received, state.memory)
+    if not bool(update_P.isfinite().all()) or is_too_long(update_P, state):
+        refused = f"aggregation '{spec.aggregation.kind}' made of these updates one that is not finite, or too long"
+        return nothing._replace(refused=refused)
+    buffers_Q = state.buffers_Q
+    if not isinstance(spec.privacy, DpSgd):  # nothing that no noise was added to may come from a private client
+        buffers_Q = _buffers(spec, received.weights_N, torch.stack([results[c.name].buffers_Q for c in sound]))
+    return Aggregated(update_P, buffers_Q, clips, sound, memory, "", left_out)
+
+
+def _why_left_out(federation: Federation, result: LocalResult, state: TrainingState) -> str:
+    """Returns why an update may not enter, or ""."""
+    privacy = federation.spec.privacy
+    if isinstance(privacy, DpSgd) and privacy.trust == "distributed":
+        return why_malformed(result, state)  # a secure sum shows that something is no number, and nothing of its parts
+    clipped = federation.plan is not None  # to a length, whatever it was
+    return why_malformed(result, state) or ("" if clipped else why_too_long(result, state)) or why_old(result, state)
+
+
+def _received(
+    federation: Federation, sound: list[Client], results: dict[str, LocalResult], state: TrainingState
+) -> Received:
+    spec = federation.spec
     weights_N = torch.tensor([client.weight for client in sound], device=state.params_P.device)
-    weights_N = weights_N / weights_N.sum()
     positions = {client.name: position for position, client in enumerate(federation.clients)}
-    received = Received(
+    return Received(
         Updates(torch.stack([results[client.name].update_P for client in sound])),
-        weights_N,
+        weights_N / weights_N.sum(),
         tuple(positions[client.name] for client in sound),
         generator(spec.seed, "aggregation", state.round),
     )
-    update_P, memory = rule_of(spec).make().apply(received, state.memory)
-    if not bool(update_P.isfinite().all()):
-        refused = f"aggregation '{spec.aggregation.kind}' made of finite updates one that is not finite"
-        return Aggregated(None, state.buffers_Q, clips, [], state.memory, refused)
-    buffers_Q = state.buffers_Q
-    if not private:  # nothing that no noise was added to may come from a private client
-        buffers_Q = weights_N @ torch.stack([results[client.name].buffers_Q for client in sound])
-    return Aggregated(update_P, buffers_Q, clips, sound, memory)
+
+
+def _buffers(spec: TrainSpec, weights_N: Tensor, buffers_NQ: Tensor) -> Tensor:
+    """Returns batch norm's statistics: their mean beside the mean, and beside any other rule their medians.
+
+    Rules are about directions and lengths of updates, which statistics do not have.
+    """
+    if isinstance(rule_of(spec), Mean) or not buffers_NQ.shape[1]:
+        return weights_N @ buffers_NQ
+    return coordinate_median(Updates(buffers_NQ))
 
 
 def rule_of(spec: TrainSpec) -> Rule:
@@ -114,12 +160,6 @@ def why_too_few(spec: TrainSpec, num_updates: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
-
-
-def is_sound(result: LocalResult, state: TrainingState) -> bool:
-    """Returns whether an update may enter the aggregation: the right shapes and finite numbers only."""
-    shapes = result.update_P.shape == state.params_P.shape and result.buffers_Q.shape == state.buffers_Q.shape
-    return bool(shapes and result.update_P.isfinite().all() and result.buffers_Q.isfinite().all())
 
 
 def server_optimizer(spec: TrainSpec) -> Optimizer | None:

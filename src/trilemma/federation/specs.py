@@ -9,7 +9,7 @@ from trilemma.attacks.poisoning.specs import NoThreat, ThreatSpec
 from trilemma.data.specs import DataSpec, Iid, PartitionSpec, Phantom
 from trilemma.federation.aggregation.specs import AggregationSpec, Mean
 from trilemma.federation.optimizers import Optimizer, adam, sgd
-from trilemma.federation.refusals import why_no_looks, why_unsound
+from trilemma.federation.refusals import why_no_looks, why_no_root, why_no_such_threat, why_unsound
 from trilemma.models.specs import ModelSpec, Resnet9
 from trilemma.privacy.specs import NoPrivacy, PrivacySpec
 from trilemma.robustness.objective import Objective
@@ -365,7 +365,7 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _privacy_is_sound(self) -> "TrainSpec":
-        reason = why_unsound(self) or why_no_looks(self)
+        reason = why_unsound(self) or why_no_looks(self) or why_no_root(self) or why_no_such_threat(self)
         if reason:
             raise ValueError(reason)
         return self

@@ -27,6 +27,8 @@ class TrainingState:
         history: One JSON-like dict per round, fit to be shown: under unit "client" nothing that tells who took part.
         clips: Client name -> clipping norm, where it adapts; `EVERYBODY` where one holds for all clients.
         memory: What the rule of aggregation remembers.
+        plot: What the malicious clients remember.
+        seen: Digests of the updates that were let in so far, by which a replayed one is known.
         average_P: Moving average of the parameters, where the training makes one and a round has ended.
         average_Q: The same of the buffers: batch norm's statistics must fit the parameters.
         best_P: Parameters of the best look so far, where looks choose the model (early stopping).
@@ -44,6 +46,8 @@ class TrainingState:
     history: tuple[dict[str, Any], ...] = ()
     clips: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
+    plot: dict[str, Tensor] = field(default_factory=dict)
+    seen: tuple[str, ...] = ()
     average_P: Tensor | None = None
     average_Q: Tensor | None = None
     best_P: Tensor | None = None
@@ -86,6 +90,7 @@ class TrainingState:
             tensors |= {"best": self.best_P, "best_buffers": self.best_Q}
         tensors |= {f"server/{name}": value for name, value in self.server.items()}
         tensors |= {f"aggregation/{name}": value for name, value in self.memory.items()}
+        tensors |= {f"threat/{name}": value for name, value in self.plot.items()}
         for client, state in self.clients.items():
             tensors |= {f"client/{client}/{name}": value for name, value in state.items()}
         texts = {
@@ -93,6 +98,7 @@ class TrainingState:
             "private_steps": json.dumps(self.private_steps),
             "history": json.dumps(self.history),
             "clips": json.dumps(self.clips),
+            "seen": json.dumps(self.seen),
             "pretraining_seconds": json.dumps(self.pretraining_seconds),
             "unlisted_seconds": json.dumps(self.unlisted_seconds),
         }
@@ -109,6 +115,7 @@ class TrainingState:
         server: State = {}
         clients: dict[str, State] = {}
         memory: dict[str, Tensor] = {}
+        plot: dict[str, Tensor] = {}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
             # A step count stays on the CPU, where it is read; all else goes where the model is.
@@ -117,6 +124,8 @@ class TrainingState:
                 server[rest] = value
             elif kind == "aggregation":
                 memory[rest] = value
+            elif kind == "threat":
+                plot[rest] = value
             elif kind == "client":
                 client, _, part = rest.rpartition("/")
                 clients.setdefault(client, {})[part] = value
@@ -129,6 +138,8 @@ class TrainingState:
             private_steps=json.loads(texts["private_steps"]),
             history=tuple(json.loads(texts["history"])),
             memory=memory,
+            plot=plot,
+            seen=tuple(json.loads(texts.get("seen", "[]"))),
             clips=json.loads(texts.get("clips", "{}")),  # none adapted where a checkpoint does not have them
             average_P=tensors["average"].to(device) if "average" in tensors else None,
             average_Q=tensors["average_buffers"].to(device) if "average" in tensors else None,

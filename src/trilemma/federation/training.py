@@ -22,6 +22,7 @@ from trilemma.federation.early_stopping import images_to_look_at
 from trilemma.federation.local_training import load_model
 from trilemma.federation.outside import malicious_outside, outside_phrases, unpromised
 from trilemma.federation.pretraining import pretrain
+from trilemma.federation.root import root_images
 from trilemma.federation.server import Federation, server_optimizer
 from trilemma.federation.specs import Centralised, TrainSpec
 from trilemma.federation.state import TrainingState
@@ -34,7 +35,13 @@ from trilemma.privacy.noise import noise_source_in_words
 from trilemma.privacy.specs import DpSgd
 
 
-def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device, public: Dataset | None = None) -> Federation:
+def prepare(
+    spec: TrainSpec,
+    dataset: Dataset,
+    device: torch.device,
+    public: Dataset | None = None,
+    root: Dataset | None = None,
+) -> Federation:
     """Returns a federation that is ready for its first round.
 
     Args:
@@ -43,6 +50,7 @@ def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device, public: Dat
         device: Where it trains.
         public: What `spec.pretraining` names, where early stopping looks at its validation images: no round can be run
             without them.
+        root: What `spec.aggregation.data` names, where the rule has a root set of public images: neither.
 
     Raises:
         UserError: If model, privacy and data do not go together.
@@ -50,12 +58,14 @@ def prepare(spec: TrainSpec, dataset: Dataset, device: torch.device, public: Dat
     looked_at = images_to_look_at(spec, dataset, public)
     classifier = spec.model.make(dataset.channels, dataset.image_size, len(dataset.classes), spec.seed)
     refuse_other_classes(spec, dataset)
+    refuse_unfit_threat(spec, dataset)
     refuse_batch_norm_under_dp(spec, classifier)
     partition = spec.partition.make()(dataset, spec.seed)
     clients = make_clients(spec, dataset, partition)
     refuse_lone_records(spec, clients, classifier)
     plan = server_plan(spec, len(clients))
-    return Federation(spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint, looked_at)
+    own = root_images(spec, dataset, root)
+    return Federation(spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint, looked_at, own)
 
 
 def initial_state(federation: Federation, public: Dataset | None = None) -> TrainingState:
@@ -147,6 +157,18 @@ def refuse_other_classes(spec: TrainSpec, dataset: Dataset) -> None:
             f"has {len(shares)} numbers, and {dataset.name} has {len(dataset.classes)} classes",
             f"Give one for each of {', '.join(dataset.classes)}, in this order",
         )
+
+
+def refuse_unfit_threat(spec: TrainSpec, dataset: Dataset) -> None:
+    """Refuses a threat that names a class which the data do not have, or whose trigger their images have no room for.
+
+    Raises:
+        UserError: Naming the class or the size.
+    """
+    try:
+        spec.threat.check(len(dataset.classes), dataset.image_size)
+    except ValueError as error:
+        raise UserError("threat", str(error), f"The classes of {dataset.name}: {', '.join(dataset.classes)}") from None
 
 
 def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:

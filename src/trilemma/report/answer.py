@@ -7,11 +7,13 @@ that no difference can be shown, and not that there is none.
 from collections.abc import Callable, Sequence
 
 from trilemma.report import numbers
+from trilemma.report.cells import WORST
 from trilemma.report.comparisons import Pair, admitting, change, named, pairs, side_by_side
 from trilemma.report.configurations import UNCOMPRESSED, Headline, Row, configuration_rows, headline
 from trilemma.report.doubts import doubts
 from trilemma.report.estimates import Estimate, averaged, difference
 from trilemma.report.finding import Finding
+from trilemma.report.poisoning import backdoor_sentences, poisoning_findings
 from trilemma.report.verdict import attack, verdict
 from trilemma.results import Results
 
@@ -34,6 +36,7 @@ def answer(results: Results) -> tuple[Finding, ...]:
     findings = [
         *_limits(results, rows),
         *doubts(rows, by),
+        *poisoning_findings(results, rows),
         Finding("Private, robust and scalable at once?", (verdict(rows, by),)),
         *_constant(rows),
         *_collaboration(rows, by),
@@ -139,7 +142,7 @@ def _on_everybodys_patients(pair: Pair, by: Headline) -> str:
 
 def _on_own_patients(pair: Pair, by: Headline) -> str:
     """Returns what the common model is worth to a hospital that would otherwise use its own model at home."""
-    names = [name for name in pair.base.clients if name != "worst"]
+    names = [name for name in pair.base.clients if name not in WORST]
     metric = by.utility if _compared(pair, names, by.utility) == names else "accuracy"
     known = _compared(pair, names, metric)
     common, own = (averaged([row.client(name, metric) for name in known]) for row in (pair.changed, pair.base))
@@ -285,6 +288,8 @@ def _threat(rows: Sequence[Row], by: Headline) -> list[Finding]:
         if effect is not None:
             texts.append(f"{named(pair)}, on clean images: {effect.sentence}")
         texts += _under_attack(pair, by, yardstick=False)
+    planted = backdoor_sentences(rows)
+    texts += planted[:MOST_PAIRS]
     return _finding("What does the threat do?", texts, len(found), MOST_PAIRS)
 
 

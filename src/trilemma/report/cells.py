@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from trilemma.evaluation.measurement import Measurement
 from trilemma.results import Artefact, Evaluated, Run
 
+#: Names under which clean metrics repeat those of a hospital: the worst of all, and of those that are not malicious.
+WORST = ("worst", "worst honest")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -36,7 +39,7 @@ def by_seed(cells: Iterable[Cell]) -> dict[int, list[Cell]]:
 def hospitals(cells: Iterable[Cell]) -> list[str]:
     """Returns the names of the hospitals on whose test images the cells were judged, in their order."""
     names = dict.fromkeys(m.client for cell in cells for m in measured(cell, "clean") if m.client is not None)
-    return [name for name in names if name != "worst"]
+    return [name for name in names if name not in WORST]
 
 
 def is_alone(cell: Cell) -> bool:

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.strength import STRONG
 from trilemma.report import numbers
 from trilemma.report.attacked import Attacked, Scored, attacked, scored
-from trilemma.report.cells import Cell, by_seed, hospitals, is_alone, measured, owner
+from trilemma.report.cells import WORST, Cell, by_seed, hospitals, is_alone, measured, owner
 from trilemma.report.claims import TIME_IS_SECRET, Claim, claim_of
 from trilemma.report.estimates import Estimate, estimate, exact
 from trilemma.report.flags import Flag, flags_of
@@ -33,7 +33,8 @@ class Row:
         seeds: Seeds that reached this row.
         num_trainings: Trainings behind it; more than the seeds where each hospital trained alone.
         clean: Metric -> estimate over all test records.
-        clients: Client name, or "worst" -> metric -> estimate; a hospital that trained alone is judged on its own.
+        clients: Client name, "worst" or "worst honest" -> metric -> estimate; a hospital that trained alone is judged
+            on its own.
         attacked: Every attack and radius.
         epsilon: The largest over clients and seeds, or None where nothing may be claimed.
         claim: What epsilon is about, at the largest delta over seeds; None where nothing may be claimed.
@@ -44,6 +45,8 @@ class Row:
         bytes_per_round: Sent up and down by all clients together.
         training_seconds: Per seed, over all hospitals that trained alone.
         constant: One phrase per seed whose model gives every image the same answer.
+        labels: Axis -> label of this configuration's value, such as {"threat": "sign flip 4x by 2 clients"}.
+        triggered: Backdoor that was looked for -> metric -> estimate.
         diagnosed: Every sign of robustness that is not there, looked for in every training, raised or not.
     """
 
@@ -64,6 +67,8 @@ class Row:
     bytes_per_round: Estimate
     training_seconds: Estimate
     constant: tuple[str, ...]
+    labels: dict[str, str] = field(default_factory=dict)
+    triggered: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     diagnosed: tuple[Flag, ...] = ()
 
     @property
@@ -98,8 +103,17 @@ class Row:
         return self.clean.get(name, Estimate())
 
     def client(self, name: str, metric: str) -> Estimate:
-        """Returns a clean metric over the test records of one client, or of the "worst"."""
+        """Returns a clean metric over the test records of one client, or of the "worst" or "worst honest"."""
         return self.clients.get(name, {}).get(metric, Estimate())
+
+    @property
+    def worst(self) -> Estimate:
+        """Returns the accuracy of the worst hospital; where some are malicious, of the worst that is not."""
+        return self.client("worst honest" if "worst honest" in self.clients else "worst", "accuracy")
+
+    def backdoor(self, name: str, metric: str) -> Estimate:
+        """Returns what a backdoor's trigger does, such as "attack_success_rate"."""
+        return self.triggered.get(name, {}).get(metric, Estimate())
 
     def under(self, evaluation: str, radius: float) -> Attacked:
         """Returns the row under one attack, with the reason "not measured" where it was not attacked so."""
@@ -266,6 +280,8 @@ def _row(cells: list[Cell], data: tuple[DataFacts, ...]) -> Row:
         bytes_per_round=_traffic(cells),
         training_seconds=_training_seconds(cells),
         constant=tuple(phrase for cell in cells if (phrase := _constant(cell, data))),
+        labels=first.labels,
+        triggered=_triggered(cells),
         diagnosed=flags_of(cells),
     )
 
@@ -296,7 +312,8 @@ def _clean(cells: list[Cell], client: str | None) -> dict[str, Estimate]:
 
 def _clients(cells: list[Cell]) -> dict[str, dict[str, Estimate]]:
     names = hospitals(cells)
-    there = [*names, "worst"] if any(m.client == "worst" for cell in cells for m in measured(cell, "clean")) else names
+    repeated = {m.client for cell in cells for m in measured(cell, "clean")}
+    there = [*names, *(name for name in WORST if name in repeated)]
     alone = is_alone(cells[0])
     estimates = {}
     for name in there:  # a hospital that trained alone would use its own model
@@ -305,6 +322,15 @@ def _clients(cells: list[Cell]) -> dict[str, dict[str, Estimate]]:
         known = [e for name in names if (e := estimates[name]).get("accuracy", Estimate()).value is not None]
         estimates["worst"] = min(known, key=lambda e: e["accuracy"].value or 0.0, default={})
     return estimates
+
+
+def _triggered(cells: list[Cell]) -> dict[str, dict[str, Estimate]]:
+    samples: dict[str, dict[str, list[tuple[int, Measurement]]]] = {}
+    for cell in cells:
+        for evaluated in (e for e in cell.evaluated if e.kind == "backdoor"):
+            for m in evaluated.measurements:
+                samples.setdefault(evaluated.evaluation, {}).setdefault(m.metric, []).append((cell.run.seed, m))
+    return {name: {metric: estimate(found) for metric, found in each.items()} for name, each in samples.items()}
 
 
 def _cost(cells: list[Cell], metric: str) -> Estimate:

@@ -70,6 +70,7 @@ def _body(results: Results, rows: Sequence[Row]) -> Html:
         ("configurations", "Configurations", sections.table_section(results, rows, by)),
         ("robustness", "Robustness", sections.robustness_section(rows, by, drawn, evaluations)),
         ("diagnostics", "Is it real?", sections.diagnostics_section(rows)),
+        ("poisoning", "Poisoned hospitals", sections.poisoning_section(rows, by)),
         ("transfer", "Transfer", sections.transfer_section(results)),
         ("cost", "Size and latency", sections.cost_section(rows, size_figure(rows, by)) if rows else None),
         ("training", "Training", sections.training_section(results, training_figure(results))),

@@ -11,6 +11,7 @@ from trilemma.report.configurations import Headline, Row, artefact_titles, void_
 from trilemma.report.datasets import data_of
 from trilemma.report.figures import Figure
 from trilemma.report.markup import Content, Html, tag
+from trilemma.report.poisoning import poisoning_section_parts
 from trilemma.report.transfer import transfer_matrices
 from trilemma.results import Artefact, DataFacts, Example, Results
 
@@ -86,6 +87,18 @@ def diagnostics_section(rows: Sequence[Row]) -> Html | None:
     if not any(row.diagnosed for row in rows):
         return section("diagnostics", _REAL, tag("p", lead), tag("p", "Nothing has been looked at yet."))
     return section("diagnostics", _REAL, tag("p", lead), robustness_tables.flags_table(rows))
+
+
+def poisoning_section(rows: Sequence[Row], by: Headline) -> Html | None:
+    """Returns what threats leave of every rule and what triggers do, or None in a study without either."""
+    parts = poisoning_section_parts(rows, by)
+    if not parts:
+        return None
+    lead = (
+        "Some hospitals of this study lie: in their images, their labels, or in what they send. The attackers of a "
+        "threat act as one, and most of them know what the honest hospitals send."
+    )
+    return section("poisoning", "Poisoned hospitals", tag("p", lead), *parts)
 
 
 def _left_out(rows: Sequence[Row], evaluation: str) -> str:

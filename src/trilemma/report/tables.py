@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from trilemma.report import numbers
+from trilemma.report.cells import WORST
 from trilemma.report.claims import TIME_IS_SECRET
 from trilemma.report.configurations import Headline, Row, claims_of
 from trilemma.report.estimates import Estimate
@@ -97,7 +98,8 @@ def main_table(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Html:
     """Returns the table of configurations: useful, private, robust, scalable, the Pareto-optimal rows marked."""
     notes, optimal, mixed = Notes("note-main"), pareto_rows(rows, by), len(claims_of(rows)) > 1
     utilities = ("auroc", "accuracy") if any(row.metric("auroc").value is not None for row in rows) else ("accuracy",)
-    has_worst = any("worst" in row.clients for row in rows)
+    honest = "worst honest" if any("worst honest" in row.clients for row in rows) else "worst"
+    worst: list[Content] = [[honest, Html("<br>"), "hospital"]] if any("worst" in row.clients for row in rows) else []
     body = []
     for i, (row, best) in enumerate(zip(rows, optimal, strict=True)):
         again = i > 0 and rows[i - 1].configuration == row.configuration
@@ -109,7 +111,7 @@ def main_table(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Html:
             tag("th", *name, scope="row"),
             tag("td", row.compression, class_="text"),
             *(rate_cell(metric, row.metric(metric), notes) for metric in utilities),
-            rate_cell("accuracy", row.client("worst", "accuracy"), notes) if has_worst else None,
+            rate_cell("accuracy", row.worst, notes) if worst else None,
             _epsilon_cell(row, notes, mixed),
             rate_cell("robust_accuracy", robust, notes, row.majority) if by.evaluation else None,
             amount_cell(row.file_bytes, numbers.byte_size, notes),
@@ -120,7 +122,7 @@ def main_table(rows: Sequence[Row], by: Headline, seeds: Sequence[int]) -> Html:
         ]
         body.append(tag("tr", *cells, class_=" ".join(["optimal"] * best + ["same"] * again) or None))
     return table(
-        _main_caption(rows, by, seeds), _main_head(by, utilities, has_worst), body, notes, id="configurations-table"
+        _main_caption(rows, by, seeds), _main_head(by, utilities, worst), body, notes, id="configurations-table"
     )
 
 
@@ -154,20 +156,19 @@ def _about_epsilon(rows: Sequence[Row]) -> str:
     )
 
 
-def _main_head(by: Headline, utilities: Sequence[str], has_worst: bool) -> list[Content]:
+def _main_head(by: Headline, utilities: Sequence[str], worst: list[Content]) -> list[Content]:
     def group(title: str, span: int) -> Html:
         return tag("th", tag("span", title), scope="colgroup", colspan=span, class_="group")
 
     groups = [
         tag("td", colspan=2),
-        group("Useful", len(utilities) + has_worst),
+        group("Useful", len(utilities) + len(worst)),
         group("Private", 1),
         group("Robust", 1) if by.evaluation else None,
         group("Scalable", 4),
         tag("td"),
     ]
     attack = [[by.evaluation, Html("<br>"), f"at {numbers.radius(by.radius)}"]] if by.evaluation else []
-    worst = [["worst", Html("<br>"), "hospital"]] if has_worst else []
     columns: list[Content] = [
         "Configuration",
         "Compression",
@@ -250,8 +251,8 @@ def training_table(results: Results) -> Html:
 def clients_table(rows: Sequence[Row]) -> Html:
     """Returns clean accuracy on each hospital's test images."""
     notes = Notes("note-clients")
-    names = list(dict.fromkeys(name for row in rows for name in row.clients if name != "worst"))
-    columns = [*names, "worst"] if any("worst" in row.clients for row in rows) else names
+    there = list(dict.fromkeys(name for row in rows for name in row.clients))
+    columns = [name for name in there if name not in WORST] + [name for name in WORST if name in there]
     body = [
         tag(
             "tr",
@@ -260,7 +261,7 @@ def clients_table(rows: Sequence[Row]) -> Html:
         )
         for row in rows
     ]
-    titles = ["worst hospital" if name == "worst" else name for name in columns]
+    titles = [f"{name} hospital" if name in WORST else name for name in columns]
     caption = (
         "Accuracy on the test images of patients like each hospital’s. A hospital that trained alone is judged by its "
         "own model there."

@@ -12,6 +12,7 @@ from trilemma.evaluation.flags import withheld
 from trilemma.evaluation.measurement import Measurement, on_split
 from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
 from trilemma.evaluation.strength import strength
+from trilemma.federation.doubts import doubts_about_rule
 from trilemma.federation.early_stopping import best_round
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 from trilemma.study.combine import diagnostics_key, key_of, pair_keys, why_undefined
@@ -86,7 +87,15 @@ def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
         peak_memory_bytes=None if secret else row.peak_memory_bytes,
         num_parameters=row.num_parameters,
         chosen_round=best_round(training.spec, row.history),
+        labels=_labels(training),
+        doubts=tuple(doubts_about_rule(training.spec)),
     )
+
+
+def _labels(training: Training) -> dict[str, str]:
+    """Returns what the training's rule and threat are called, and what else a study varies."""
+    spec = training.spec
+    return {**training.varied, "aggregation": spec.aggregation.label, "threat": spec.threat.label}
 
 
 def _without_looks(of_round: dict[str, Any]) -> dict[str, Any]:

@@ -82,8 +82,8 @@ def show_data(plan: Plan, roots: DataRoots, console: Console) -> None:
         partition = training.spec.partition.make()(dataset, training.spec.seed)
         _print_dataset(dataset, console)
         console.print(_client_table(training, dataset, partition))
-    for public in public_data(plan):
-        console.print("\nFor pretraining, its training images:")
+    for public, purpose in public_data(plan).items():
+        console.print(f"\n{purpose.capitalize()}, of its training images:")
         _print_dataset(public.load(roots), console)
 
 

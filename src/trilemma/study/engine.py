@@ -1,8 +1,8 @@
 """Walks the cells of a study and does what the store does not hold yet.
 
-Trainings, then artefacts, then clean metrics, then attacks, all in parallel; then what combines stored outcomes, then
-the diagnostics; and last, alone on the machine, latency. Whenever it is killed, what ended is in the store and the rest
-is done next time.
+Trainings, then artefacts, then clean metrics, then attacks and backdoors, all in parallel; then what combines stored
+outcomes, then the diagnostics; and last, alone on the machine, latency. Whenever it is killed, what ended is in the
+store and the rest is done next time.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from trilemma.attacks.evasion.attack import Attack
 from trilemma.attacks.evasion.specs import EvasionSpec
 from trilemma.errors import TrilemmaError
 from trilemma.evaluation.diagnostics import Tried
-from trilemma.evaluation.specs import Clean, Cost, Diagnostics, Transfer
+from trilemma.evaluation.specs import Backdoor, Clean, Cost, Diagnostics, Transfer
 from trilemma.study.combine import combine, diagnostics_key, evidence_keys, undefined_evaluations
 from trilemma.study.compress_job import compress_job
 from trilemma.study.diagnose_job import diagnose_job
-from trilemma.study.evaluate_job import AttackTask, attack_job, clean_job, cost_job
+from trilemma.study.evaluate_job import AttackTask, attack_job, backdoor_job, clean_job, cost_job
 from trilemma.study.facts import preflight
 from trilemma.study.keys import evaluation_key
 from trilemma.study.ledgers import book_stored, check_books
@@ -71,6 +71,7 @@ class Engine:
         failed += self._stage("compressing", self._compressions(), self.store.add_artefact)
         failed += self._stage("clean metrics", self._cleans(), lambda row: self.store.add_evaluations([row]))
         failed += self._stage("attacking", self._attacks(), self.store.add_evaluations)
+        failed += self._stage("backdoors", self._backdoors(), lambda row: self.store.add_evaluations([row]))
         for rows in combine(self.plan, self.store, self.place):
             failed += self._kept("combine", self.store.add_evaluations, rows)
         failed += self._stage("diagnosing", self._diagnoses(), lambda row: self.store.add_evaluations([row]))
@@ -134,12 +135,24 @@ class Engine:
             if evaluation_key(cell.key, spec) not in self.store.keys("evaluations")
         ]
 
+    def _clean_logits(self) -> dict[str, np.ndarray]:
+        """Returns artefact key -> its logits on clean images, for those that were asked."""
+        found = {cell.key: self.store.outcomes(evaluation_key(cell.key, Clean())) for cell in self._ready()}
+        return {key: outcomes[0].logits_NK for key, outcomes in found.items() if outcomes}
+
+    def _backdoors(self) -> list[Job]:
+        wanted = [spec for spec in self.plan.evaluations if isinstance(spec, Backdoor)]
+        if not wanted:
+            return []
+        done, clean = self.store.keys("evaluations"), self._clean_logits()
+        return [
+            Job(_title(f"look for {spec.label}", cell), cell.key, backdoor_job, (cell, spec, clean[cell.key]))
+            for spec, cell in product(wanted, self._ready())
+            if cell.key in clean and evaluation_key(cell.key, spec) not in done
+        ]
+
     def _attacks(self) -> list[Job]:
-        clean = {}
-        for cell in self._ready():
-            outcomes = self.store.outcomes(evaluation_key(cell.key, Clean()))
-            if outcomes:
-                clean[cell.key] = outcomes[0].logits_NK
+        clean = self._clean_logits()
         attacks = attacks_to_make(self.plan, self.store.keys("evaluations"), set(clean))
         jobs = []
         for attack in attacks:

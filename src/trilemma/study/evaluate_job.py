@@ -10,15 +10,17 @@ from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.attack import Attack
 from trilemma.attacks.evasion.specs import AutoAttack, EvasionSpec
 from trilemma.attacks.evasion.types import Access
+from trilemma.attacks.poisoning.triggers import triggered
 from trilemma.data.images import png_bytes
 from trilemma.data.records import Dataset, Records
+from trilemma.evaluation.backdoors import backdoor_measurements
 from trilemma.evaluation.clean import clean_measurements
 from trilemma.evaluation.cost import cost_measurements
 from trilemma.evaluation.harness import Target, agreement_measurements, attack_images, attacked_logits, clean_logits
 from trilemma.evaluation.measurement import Measurement, Outcome, on_split
 from trilemma.evaluation.metrics import predictions
 from trilemma.evaluation.robustness import robust_auroc, robust_measurements, worst_logits
-from trilemma.evaluation.specs import Clean, Cost, EvaluationSpec, Transfer
+from trilemma.evaluation.specs import Backdoor, Clean, Cost, EvaluationSpec, Transfer
 from trilemma.results import Example
 from trilemma.study.files import open_model
 from trilemma.study.keys import evaluation_key
@@ -61,7 +63,13 @@ def clean_job(place: Workplace, cell: Cell) -> EvaluationRow:
     target = open_target(place, cell)
     logits_NK = clean_logits(target, test)
     measurements = clean_measurements(
-        logits_NK, test.labels_N, test.units(), partition.test_client_N, partition.clients, spec.seed
+        logits_NK,
+        test.labels_N,
+        test.units(),
+        partition.test_client_N,
+        partition.clients,
+        spec.seed,
+        spec.threat.malicious(len(partition.clients)),
     )
     measurements += agreement_measurements(target, logits_NK, test)
     return _row(place, cell, Clean(), (), started, measurements, [Outcome(logits_NK)])
@@ -132,6 +140,49 @@ def _from_surrogates(attack: AttackTask, source: Target, budget: Budget, test: R
         return []
     seed, evasion = attack.source.training.spec.seed, attack.spec.make(Access(source.predict))
     return [attacked_logits(model, [source], evasion, budget, test, seed)[0] for model in source.surrogates]
+
+
+def backdoor_job(place: Workplace, cell: Cell, spec: Backdoor, clean_NK: np.ndarray) -> EvaluationRow:
+    """Measures what a trigger does to an artefact; the whole test split is given the trigger."""
+    place.enter()
+    started = time.perf_counter()
+    test = place.dataset(cell.training.spec.data).test
+    mark = spec.trigger.mark(test.images_NCHW.shape[-1])
+    marked = replace(test, images_NCHW=triggered(test.images_NCHW, mark))
+    triggered_NK = clean_logits(open_target(place, cell), marked)
+    measurements = backdoor_measurements(clean_NK, triggered_NK, test.labels_N, test.units(), spec.target)
+    outcomes = [Outcome(triggered_NK)]
+    examples = _trigger_example(place, cell, spec, marked, clean_NK, triggered_NK)
+    return _row(place, cell, spec, (), started, measurements, outcomes, examples)
+
+
+def _trigger_example(
+    place: Workplace,
+    cell: Cell,
+    spec: Backdoor,
+    marked: Records,
+    clean_NK: np.ndarray,
+    triggered_NK: np.ndarray,
+) -> list[Example]:
+    """Returns the first image of another class, which shows the trigger; one that it turned, where it turns any."""
+    dataset = place.dataset(cell.training.spec.data)
+    finite_N = np.isfinite(clean_NK).all(1) & np.isfinite(triggered_NK).all(1)
+    others_N = finite_N & (marked.labels_N != spec.target)
+    turned_N = others_N & (predictions(triggered_NK) == spec.target) & (predictions(clean_NK) == marked.labels_N)
+    shown = np.flatnonzero(turned_N if turned_N.any() else others_N)[:1]
+    return [
+        _example(
+            cell.key,
+            spec.label,
+            dataset,
+            dataset.test.x([n])[0],
+            marked.x([n])[0],
+            torch.from_numpy(clean_NK[n]),
+            torch.from_numpy(triggered_NK[n]),
+            n,
+        )
+        for n in shown.tolist()
+    ]
 
 
 def cost_job(place: Workplace, cell: Cell, spec: Cost) -> EvaluationRow:
@@ -206,16 +257,18 @@ def _examples(place: Workplace, attack: AttackTask, source: Target, dataset: Dat
         source.twin, attack.spec.make(source.access), budget, records, attack.source.training.spec.seed
     )
     adversarial_BK = source.predict(x_adv_BCHW)
+    title = f"{attack.spec.name(len(dataset.classes))}, radius {budget.radius:.4g}"
+    clean_BK = torch.from_numpy(clean_NK[chosen])
     return [
-        _example(attack, budget, dataset, x_BCHW[i], x_adv_BCHW[i], torch.from_numpy(clean_NK[n]), adversarial_BK[i], n)
-        for i, n in enumerate(chosen)
+        _example(attack.source.key, title, dataset, x_BCHW[i], x_adv_BCHW[i], clean_BK[i], adversarial_BK[i], n)
+        for i, n in enumerate(chosen.tolist())
         if bool(adversarial_BK[i].isfinite().all())
     ]
 
 
 def _example(
-    attack: AttackTask,
-    budget: Budget,
+    key: str,
+    title: str,
     dataset: Dataset,
     clean_CHW: torch.Tensor,
     adversarial_CHW: torch.Tensor,
@@ -226,8 +279,8 @@ def _example(
     change_CHW = adversarial_CHW - clean_CHW
     scale = 0.5 / max(float(change_CHW.abs().max()), 1e-6)  # the largest change becomes black or white on grey
     return Example(
-        artefact_key=attack.source.key,
-        title=f"{attack.spec.name(len(dataset.classes))}, radius {budget.radius:.4g}",
+        artefact_key=key,
+        title=title,
         clean_png=png_bytes(clean_CHW.numpy()),
         perturbation_png=png_bytes((0.5 + change_CHW * scale).clamp(0, 1).numpy()),
         adversarial_png=png_bytes(adversarial_CHW.numpy()),

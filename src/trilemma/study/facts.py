@@ -8,9 +8,10 @@ from trilemma.data.specs import DataSpec
 from trilemma.data.summary import client_rows
 from trilemma.errors import Failure, UserError
 from trilemma.evaluation.metrics import majority_class
-from trilemma.evaluation.specs import Transfer
+from trilemma.evaluation.specs import Backdoor, Transfer
 from trilemma.federation.early_stopping import looks_at_public
 from trilemma.federation.pretraining import refuse_unfit
+from trilemma.federation.root import root_images, root_spec
 from trilemma.federation.specs import TrainSpec
 from trilemma.federation.training import prepare
 from trilemma.results import DataFacts
@@ -32,9 +33,9 @@ def preflight(plan: Plan, store: Store, place: Workplace) -> None:
     for training in plan.trainings:
         dataset = place.dataset(training.spec.data)
         _note(store, facts_key(training), data_facts(training, dataset), dataset, training.spec.data)
-    for public in public_data(plan):
+    for public, purpose in public_data(plan).items():
         dataset = public.load(place.roots)
-        _note(store, public_key(public), public_facts(dataset), dataset, public)
+        _note(store, public_key(public), public_facts(dataset, purpose), dataset, public)
 
 
 def prepare_all(plan: Plan, place: Workplace) -> None:
@@ -50,6 +51,8 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
         prepare(training.spec, dataset, place.torch_device)
         for attack in (*_evaluated_attacks(plan), *_training_attacks(training.spec)):
             attack.check(len(dataset.classes))
+        for backdoor in (spec for spec in plan.evaluations if isinstance(spec, Backdoor)):
+            _refuse_unfit_backdoor(backdoor, dataset)
     for cell in plan.cells:
         _refuse_calibration_on_measured(cell)
     uses = dict.fromkeys(
@@ -57,6 +60,9 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
     )
     for data, public, looked_at in uses:
         refuse_unfit(place.dataset(data), public.load(place.roots), looked_at)
+    rooted = {(t.spec.data, rule.data): t.spec for t in plan.trainings if (rule := root_spec(t.spec)) and rule.data}
+    for (data, public), spec in rooted.items():
+        root_images(spec, place.dataset(data), public.load(place.roots))
 
 
 def _evaluated_attacks(plan: Plan) -> list[Attack]:
@@ -73,6 +79,19 @@ def _training_attacks(spec: TrainSpec) -> list[Attack]:
     return attacks + ([looks] if looks is not None else [])
 
 
+def _refuse_unfit_backdoor(spec: Backdoor, dataset: Dataset) -> None:
+    if spec.target >= len(dataset.classes):
+        raise UserError(
+            "evaluations.target",
+            f"{spec.target} is no class of {dataset.name}, which has {len(dataset.classes)}, numbered from 0",
+            f"Choose one of {', '.join(dataset.classes)} by its number",
+        )
+    try:
+        spec.trigger.mark(dataset.image_size)
+    except ValueError as error:
+        raise UserError("evaluations.trigger", str(error), "Use a smaller trigger") from None
+
+
 def _refuse_calibration_on_measured(cell: Cell) -> None:
     chosen = getattr(cell.compression, "calibration", "public")
     if chosen == "val" and cell.training.spec.data.evaluate_on == "val":
@@ -83,9 +102,16 @@ def _refuse_calibration_on_measured(cell: Cell) -> None:
         )
 
 
-def public_data(plan: Plan) -> list[DataSpec]:
-    """Returns what a study pretrains on, each source once."""
-    return list(dict.fromkeys(t.spec.pretraining.data for t in plan.trainings if t.spec.pretraining))
+def public_data(plan: Plan) -> dict[DataSpec, str]:
+    """Returns the public images that a study uses, each source once, and what for."""
+    purposes: dict[DataSpec, list[str]] = {}
+    for spec in (training.spec for training in plan.trainings):
+        if spec.pretraining is not None:
+            purposes.setdefault(spec.pretraining.data, []).append("for pretraining")
+        rule = root_spec(spec)
+        if rule is not None and rule.data is not None:
+            purposes.setdefault(rule.data, []).append("for the server's own update")
+    return {data: " and ".join(dict.fromkeys(named)) for data, named in purposes.items()}
 
 
 def facts_key(training: Training) -> str:
@@ -95,7 +121,7 @@ def facts_key(training: Training) -> str:
 
 
 def public_key(data: DataSpec) -> str:
-    """Returns the key of what is known of images that a study pretrains on."""
+    """Returns the key of what is known of public images."""
     return content_key("pretraining", data.model_dump(mode="json"))
 
 
@@ -120,9 +146,9 @@ def data_facts(training: Training, dataset: Dataset) -> DataFacts:
     return _facts(dataset, name, client_rows(dataset, partition))
 
 
-def public_facts(dataset: Dataset) -> DataFacts:
-    """Returns what the store notes about images that a study pretrains on, which no hospital holds."""
-    return _facts(dataset, f"{dataset.name}, for pretraining", [])
+def public_facts(dataset: Dataset, purpose: str) -> DataFacts:
+    """Returns what the store notes about public images, which no hospital holds."""
+    return _facts(dataset, f"{dataset.name}, {purpose}", [])
 
 
 def _facts(dataset: Dataset, name: str, clients: list[dict[str, Any]]) -> DataFacts:

@@ -11,8 +11,10 @@ import torch
 
 import trilemma
 from trilemma.data.records import Dataset, Records
+from trilemma.data.specs import DataSpec
 from trilemma.errors import UserError
 from trilemma.federation.clients import refuse_unknown_patients
+from trilemma.federation.root import root_spec
 from trilemma.privacy.guarantee import Unit
 from trilemma.privacy.specs import DpSgd
 from trilemma.spec import content_key
@@ -151,10 +153,13 @@ def _kernels() -> dict[str, str]:
 
 
 def _public_fingerprint(place: Workplace, training: Training) -> str:
-    """Returns that of the images that the initial weights are trained on: other ones give another model."""
-    if training.spec.pretraining is None:
-        return ""
-    data = training.spec.pretraining.data
+    """Returns that of the public images that a training uses: other ones give another model."""
+    spec, rule = training.spec, root_spec(training.spec)
+    sources = [spec.pretraining.data if spec.pretraining else None, rule.data if rule else None]
+    return " ".join(_data_fingerprint(place, data) for data in sources if data is not None)
+
+
+def _data_fingerprint(place: Workplace, data: DataSpec) -> str:
     name = (data.key, str(place.roots.data).encode())
     if name not in _FINGERPRINTS:
         _FINGERPRINTS[name] = data.load(place.roots).fingerprint

@@ -7,6 +7,7 @@ from trilemma.data.records import Dataset
 from trilemma.errors import Failure
 from trilemma.federation.early_stopping import ended, looks_at_public
 from trilemma.federation.pretraining import refuse_unfit
+from trilemma.federation.root import root_spec
 from trilemma.federation.round import Federation, run_round
 from trilemma.federation.state import TrainingState
 from trilemma.federation.training import guarantee, initial_state, prepare
@@ -26,7 +27,9 @@ def train_job(place: Workplace, training: Training) -> RunRow:
     reset_peak_memory()
     dataset = place.dataset(training.spec.data)
     public = _public(place, training) if looks_at_public(training.spec) else None
-    federation = prepare(training.spec, dataset, place.torch_device, public)
+    root = root_spec(training.spec)
+    own = root.data.load(place.roots) if root is not None and root.data is not None else None
+    federation = prepare(training.spec, dataset, place.torch_device, public, own)
     before = lineage_so_far(place, training)
     state = _resume(place, training, federation, dataset.fingerprint)
     state = state or _begin(place, training, federation, dataset, before)

@@ -47,19 +47,46 @@ def adversarial_samples(
     chosen = choose_records(len(records), share, generator)
     if drawn is not None:
         chosen = np.intersect1d(chosen, drawn)
-    images_NCHW = np.array(records.images_NCHW)
-    labels_N = records.labels_N.copy()
-    for start in range(0, len(chosen), _BATCH_SIZE):
-        index = chosen[start : start + _BATCH_SIZE]
-        x_BCHW = records.x(index)
-        y_B = records.y(index).to(classifier.device)
+    images_NCHW, labels_N = np.array(records.images_NCHW), records.labels_N.copy()
+    images_NCHW[chosen] = perturbed(records, chosen, classifier, budget, generator, steps)
+    answered = replace(records, images_NCHW=images_NCHW)
+    with frozen(classifier), torch.no_grad():
+        for index in _batches(chosen):
+            labels_N[index] = classifier(answered.x(index).to(classifier.device)).argmax(dim=1).cpu().numpy()
+    return replace(answered, labels_N=labels_N)
+
+
+def perturbed(
+    records: Records,
+    chosen: np.ndarray,
+    classifier: Classifier,
+    budget: Budget,
+    generator: torch.Generator,
+    steps: int,
+) -> np.ndarray:
+    """Returns some images after PGD away from their labels, as they are stored: uint8 stays uint8, in the budget.
+
+    Args:
+        records: A malicious client's training records.
+        chosen: Positions of the images.
+        classifier: What PGD looks at.
+        budget: What may be changed in an image.
+        generator: Of the random starts.
+        steps: PGD steps.
+    """
+    images_BCHW = np.array(records.images_NCHW[chosen])
+    for start, index in zip(range(0, len(chosen), _BATCH_SIZE), _batches(chosen), strict=True):
+        x_BCHW, y_B = records.x(index), records.y(index).to(classifier.device)
         x = x_BCHW.to(classifier.device)
         x_adv_BCHW = pgd(classifier, x, y_B, budget, generator, steps=steps, stop=False).cpu()
-        x_adv_BCHW = _as_stored(x_adv_BCHW, x_BCHW, images_NCHW.dtype)
-        with frozen(classifier), torch.no_grad():
-            labels_N[index] = classifier(x_adv_BCHW.to(classifier.device)).argmax(dim=1).cpu().numpy()
-        images_NCHW[index] = _levels(x_adv_BCHW) if images_NCHW.dtype == np.uint8 else x_adv_BCHW.numpy()
-    return replace(records, images_NCHW=images_NCHW, labels_N=labels_N)
+        x_adv_BCHW = _as_stored(x_adv_BCHW, x_BCHW, images_BCHW.dtype)
+        stored_BCHW = _levels(x_adv_BCHW) if images_BCHW.dtype == np.uint8 else x_adv_BCHW.numpy()
+        images_BCHW[start : start + len(index)] = stored_BCHW
+    return images_BCHW
+
+
+def _batches(chosen: np.ndarray) -> list[np.ndarray]:
+    return [chosen[start : start + _BATCH_SIZE] for start in range(0, len(chosen), _BATCH_SIZE)]
 
 
 def _as_stored(x_adv_BCHW: Tensor, x_BCHW: Tensor, dtype: np.dtype) -> Tensor:

@@ -6,8 +6,13 @@ import torch
 
 def choose_records(num_records: int, share: float, generator: torch.Generator) -> np.ndarray:
     """Returns round(share * num_records) distinct positions, ascending, drawn uniformly."""
-    order = torch.randperm(num_records, generator=generator, device=generator.device)
-    return np.sort(order[: round(share * num_records)].cpu().numpy())
+    return choose_among(np.arange(num_records), share, generator)
+
+
+def choose_among(index_N: np.ndarray, share: float, generator: torch.Generator) -> np.ndarray:
+    """Returns round(share * N) of some positions, ascending, drawn uniformly."""
+    order = torch.randperm(len(index_N), generator=generator, device=generator.device)
+    return np.sort(index_N[order[: round(share * len(index_N))].cpu().numpy()])
 
 
 def choose_clients(num_malicious: int | None, clients: tuple[int, ...] | None, num_clients: int) -> tuple[int, ...]:

@@ -21,12 +21,14 @@ class Received(NamedTuple):
         weights_N: The server's own, positive, and sum to 1.
         senders: Positions in the federation of the clients that the rows are of.
         draws: Source of a rule's randomness.
+        root_P: The server's own update, for a rule that trusts its own images; None for the others.
     """
 
     updates: Updates
     weights_N: Tensor
     senders: tuple[int, ...]
     draws: torch.Generator
+    root_P: Tensor | None = None
 
 
 class Aggregation(NamedTuple):

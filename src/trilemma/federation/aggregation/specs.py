@@ -6,9 +6,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from trilemma.data.specs import DataSpec
 from trilemma.federation.aggregation.coordinates import coordinate_median, robust_learning_rate, trimmed_mean
 from trilemma.federation.aggregation.distances import bulyan, geometric_median, krum, multi_krum
-from trilemma.federation.aggregation.lengths import centred_clipping, norm_clipping
+from trilemma.federation.aggregation.lengths import centred_clipping, fltrust, norm_clipping
 from trilemma.federation.aggregation.outliers import divide_and_conquer, folded, foolsgold
 from trilemma.federation.aggregation.rule import Memory, Received
 from trilemma.federation.aggregation.rule_spec import Rule
@@ -304,6 +305,34 @@ class DivideAndConquer(Rule):
         return update_P, memory
 
 
+class FlTrust(Rule):
+    """The mean of the updates, trusted as far as they point where the server's own does (Cao et al. 2021).
+
+    The server trains on a few images of its own in every round. Nothing is assumed of the number of attackers.
+
+    Attributes:
+        before: What happens to the updates before the rule looks at them; None: nothing.
+        data: Public images with the study's classes, of which some are drawn from the training split; None: the study's
+            own validation images, which are not public: refused under differential privacy.
+        num_images: The server's.
+    """
+
+    kind: Literal["fltrust"] = "fltrust"
+    data: DataSpec | None = None
+    num_images: int = Field(default=100, ge=2)
+
+    @property
+    def name(self) -> str:
+        """Returns the rule and its images."""
+        return f"FLTrust {self.num_images} {'validation images' if self.data is None else f'of {self.data.label}'}"
+
+    def combine(self, received: Received, memory: Memory) -> tuple[Tensor, Memory]:
+        """Returns the trusted mean."""
+        if received.root_P is None:
+            raise ValueError("aggregation 'fltrust' needs the server's own update")
+        return fltrust(received.updates, received.root_P), memory
+
+
 class FoolsGold(Rule):
     """A mean in which clients count the less the more alike they have pushed so far (Fung et al. 2020).
 
@@ -371,6 +400,7 @@ AggregationSpec = Annotated[
     | NormClipping
     | CentredClipping
     | DivideAndConquer
+    | FlTrust
     | FoolsGold
     | RobustLearningRate,
     Field(discriminator="kind"),

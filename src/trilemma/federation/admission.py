@@ -1,0 +1,54 @@
+"""What the server lets into the aggregation: updates of the right shape, finite, of a plausible length, and new."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from trilemma.federation.local_training import LocalResult
+from trilemma.federation.state import TrainingState
+
+#: An update may be so many times as long as the model's parameters; training never moves them so far in a round.
+PLAUSIBLE = 10.0
+#: The same of batch norm's statistics, which start at 0 and 1 and may have to go far.
+PLAUSIBLE_BUFFERS = 1e4
+
+
+def why_malformed(result: LocalResult, state: TrainingState) -> str:
+    """Returns what is wrong with an update's form, or "" where it is of the right shape and finite."""
+    for sent, expected in ((result.update_P, state.params_P), (result.buffers_Q, state.buffers_Q)):
+        if sent.shape != expected.shape:
+            return f"has the shape {tuple(sent.shape)} and not {tuple(expected.shape)}"
+        if not bool(sent.isfinite().all()):
+            return "holds numbers that are not finite"
+    return ""
+
+
+def why_too_long(result: LocalResult, state: TrainingState) -> str:
+    """Returns why a well-formed update can come from no training, or "" where it can."""
+    if is_too_long(result.update_P, state):
+        return f"is {_length(result.update_P):.3g} long, and the model's parameters are {_length(state.params_P):.3g}"
+    if _length(result.buffers_Q) > PLAUSIBLE_BUFFERS * max(1.0, _length(state.buffers_Q)):
+        return "holds statistics of batch norm that are too large"
+    return ""
+
+
+def why_old(result: LocalResult, state: TrainingState) -> str:
+    """Returns why an update is none of this round, or "" where nobody has sent it before; nothing is often sent."""
+    if bool(result.update_P.any()) and digest(result.update_P) in state.seen:
+        return "is an earlier update again"
+    return ""
+
+
+def is_too_long(update_P: Tensor, state: TrainingState) -> bool:
+    """Returns whether an update is longer than a multiple of the parameters' length, which no training does at once."""
+    return _length(update_P) > PLAUSIBLE * max(1.0, _length(state.params_P))
+
+
+def digest(update_P: Tensor) -> str:
+    """Returns what tells an update from any other, bit for bit."""
+    return hashlib.blake2b(update_P.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _length(vector_P: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector_P.double()))

@@ -1,0 +1,152 @@
+"""The server's door: no malformed update crashes it, moves the model or goes unreported."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.tiny_federation import tiny_federation, trained_state
+from trilemma.federation import round as federated_round
+from trilemma.federation.admission import PLAUSIBLE, digest, why_malformed, why_old, why_too_long
+from trilemma.federation.local_training import LocalResult
+from trilemma.federation.server import aggregate
+from trilemma.federation.training import initial_state
+
+FOUR = {"partition": {"kind": "iid", "num_clients": 4}, "local": {"batch_size": 8, "steps": 1}}
+RULES = [
+    {"kind": "mean"},
+    {"kind": "median"},
+    {"kind": "krum", "num_byzantine": 1},
+    {"kind": "geometric_median"},
+    {"kind": "centred_clipping", "radius": 1.0},
+    {"kind": "foolsgold"},
+]
+GENERATED = 10_000
+
+
+def result_of(update_P, buffers_Q=None) -> LocalResult:
+    return LocalResult(update_P, torch.empty(0) if buffers_Q is None else buffers_Q, 0.0, {})
+
+
+def test_what_is_sound_is_let_in():
+    state = initial_state(tiny_federation())
+    good = result_of(torch.full_like(state.params_P, 0.01))
+    for why in (why_malformed, why_too_long, why_old):
+        assert why(good, state) == ""
+        assert why(result_of(torch.zeros_like(state.params_P)), replace(state, seen=(digest(state.params_P),))) == ""
+
+
+def test_each_flaw_is_named():
+    state = initial_state(tiny_federation())
+    update_P, length = torch.full_like(state.params_P, 0.01), float(state.params_P.norm())
+    assert "not finite" in why_malformed(result_of(update_P + math.nan), state)
+    assert f"not ({len(update_P)},)" in why_malformed(result_of(update_P[1:]), state)
+    assert "shape (3,)" in why_malformed(result_of(update_P, torch.ones(3)), state)
+    just_inside, just_outside = (update_P / update_P.norm() * PLAUSIBLE * length * f for f in (0.999, 1.001))
+    assert why_too_long(result_of(just_inside), state) == ""
+    assert "long, and the model's parameters are" in why_too_long(result_of(just_outside), state)
+    assert "statistics" in why_too_long(result_of(update_P, torch.full((3,), 1e30)), state)
+    assert "earlier" in why_old(result_of(update_P), replace(state, seen=(digest(update_P),)))
+
+
+def flawed(draws: np.random.Generator, good_P: torch.Tensor, earlier: list[torch.Tensor], room: float) -> torch.Tensor:
+    """One of the ways in which an update can be no update, with drawn places, sizes and signs."""
+    size, kind = len(good_P), draws.integers(6)
+    update_P = good_P.clone()
+    if kind == 0:  # some numbers that are none
+        where = draws.choice(size, draws.integers(1, min(size, 50)), replace=False)
+        update_P[torch.as_tensor(where)] = float(draws.choice([math.nan, math.inf, -math.inf]))
+    elif kind == 1:  # another length
+        other = int(draws.choice([0, 1, size - 1, size + 1, int(draws.integers(2, 2 * size))]))
+        update_P = torch.full((other if other != size else size + 1,), 0.01)
+    elif kind == 2:  # another number of axes
+        update_P = good_P.reshape(1, -1) if draws.random() < 0.5 else torch.tensor(0.5)
+    elif kind == 3:  # finite, and longer than any training goes
+        update_P = good_P / good_P.norm() * room * float(10 ** draws.uniform(0.01, 30))
+    elif kind == 4:  # one huge number
+        update_P[int(draws.integers(size))] = float(draws.choice([-1, 1])) * room * float(10 ** draws.uniform(0.5, 35))
+    else:  # what somebody has sent before
+        update_P = earlier[int(draws.integers(len(earlier)))]
+    return update_P
+
+
+def test_ten_thousand_malformed_updates_crash_nothing_move_nothing_and_are_all_reported():
+    """What the server makes of a round with them is what it makes of the same round without those clients."""
+    draws, seen = np.random.default_rng(0), 0
+    federations = [
+        tiny_federation(**{**FOUR, "partition": {"kind": "iid", "num_clients": 8}}, aggregation=r) for r in RULES
+    ]
+    state = initial_state(federations[0])
+    room = PLAUSIBLE * float(state.params_P.norm()) * 1.01
+    earlier = [torch.randn_like(state.params_P) * 0.01 for _ in range(20)]
+    state = replace(state, seen=tuple(digest(old_P) for old_P in earlier))
+    expected = {}
+    for turn in range(GENERATED // 4 + 1):
+        federation, clients = federations[turn % len(RULES)], federations[turn % len(RULES)].clients
+        updates = torch.randn(8, len(state.params_P), generator=torch.Generator().manual_seed(turn % 5)) * 0.01
+        results = {client.name: result_of(updates[i]) for i, client in enumerate(clients)}
+        honest, bad = list(clients[:4]) + list(clients[8:]), clients[4:8]
+        # Krum of one attacker needs five updates: one of the bad is honest in its rounds.
+        bad = bad[1:] if federation.spec.aggregation.kind == "krum" else bad
+        for client in bad:
+            results[client.name] = result_of(flawed(draws, updates[0], earlier, room))
+        sound = [client for client in clients if client not in bad]
+        found = aggregate(federation, list(clients), results, state)
+        case = (turn % len(RULES), turn % 5)
+        if case not in expected:
+            expected[case] = aggregate(federation, sound, {c.name: results[c.name] for c in sound}, state).update_P
+        assert torch.equal(found.update_P, expected[case])
+        assert set(found.left_out) == {client.name for client in bad} and all(found.left_out.values())
+        assert found.used == sound and honest
+        seen += len(bad)
+    assert seen > 0.9 * GENERATED
+
+
+def test_updates_that_are_left_out_stand_in_the_history(monkeypatch):
+    federation = tiny_federation(**FOUR, rounds=3, threat={"kind": "malformed", "flaw": "replay", "clients": [2]})
+    history = trained_state(federation).history
+    assert "left_out" not in history[0]
+    for row in history[1:]:
+        assert row["left_out"] == {"client 3": "is an earlier update again"} and row["dropped"] == ["client 3"]
+    json.dumps(history, allow_nan=False)
+    assert federated_round.digest is digest
+
+
+@pytest.mark.parametrize("flaw", ["nan", "infinity", "shape", "huge"])
+def test_a_training_with_malformed_updates_is_the_one_without_that_client(flaw):
+    fields = {**FOUR, "rounds": 2, "algorithm": {"kind": "fedavg"}}
+    attacked = trained_state(tiny_federation(**fields, threat={"kind": "malformed", "flaw": flaw, "clients": [3]}))
+    plain = tiny_federation(**fields)
+    without = trained_state(replace(plain, clients=plain.clients[:3]))
+    assert torch.equal(attacked.params_P, without.params_P)
+
+
+def test_of_a_secure_sum_nothing_can_be_left_out_and_a_huge_part_is_refused():
+    privacy = {"kind": "dp_sgd", "noise_multiplier": 1.0, "delta": 1e-3, "clip": 1.0, "trust": "distributed"}
+    fields = {"partition": FOUR["partition"], "privacy": privacy}
+    fields["local"] = {"batch_size": 4, "steps": 1, "momentum": 0, "optimizer": "sgd"}
+    for flaw, said in (("nan", "left_out"), ("huge", "refused")):
+        federation = tiny_federation(**fields, threat={"kind": "malformed", "flaw": flaw, "num_malicious": 1})
+        state = trained_state(federation, 1)
+        assert torch.equal(state.params_P, initial_state(tiny_federation(**fields)).params_P)
+        assert said in state.history[0]
+
+
+def test_batch_norms_statistics_are_medians_beside_a_rule_that_is_not_the_mean(monkeypatch):
+    """So that one hospital's statistics, which no rule looks at, cannot break the model."""
+    fields = {**FOUR, "model": {"kind": "resnet9", "width": 4, "norm": "batch"}}
+    honest = federated_round.local_train
+
+    def train(spec, client, *rest):
+        result = honest(spec, client, *rest)
+        return result._replace(buffers_Q=result.buffers_Q + 50) if client.number == 3 else result
+
+    monkeypatch.setattr(federated_round, "local_train", train)
+    moved = {
+        kind: float(trained_state(tiny_federation(**fields, aggregation={"kind": kind}), 1).buffers_Q.abs().max())
+        for kind in ("mean", "median")
+    }
+    assert moved["mean"] > 12 and moved["median"] < 5
