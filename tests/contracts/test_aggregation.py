@@ -1,5 +1,7 @@
 """What every rule of aggregation promises, whatever the clients send."""
 
+import json
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -21,6 +23,7 @@ from trilemma.federation.aggregation.specs import (
     Bulyan,
     CentredClipping,
     DivideAndConquer,
+    FlTrust,
     FoolsGold,
     GeometricMedian,
     Krum,
@@ -46,6 +49,7 @@ RULES = [
     NormClipping(bound=2.0),
     CentredClipping(radius=1.0, steps=3),
     DivideAndConquer(num_byzantine=F),
+    FlTrust(),
     FoolsGold(),
     RobustLearningRate(threshold=5),
 ]
@@ -58,7 +62,7 @@ MIXED = [
 ]
 MIXED += [rule.model_copy(update={"before": Bucketing()}) for rule in RULES if rule.kind in BUCKETED]
 #: Whose result stays near the honest rows whatever F others send.
-ROBUST = ("median", "trimmed_mean", "geometric_median", "krum", "multi_krum", "bulyan", "divide_and_conquer")
+ROBUST = ("median", "trimmed_mean", "geometric_median", "krum", "multi_krum", "bulyan", "divide_and_conquer", "fltrust")
 
 every_rule = pytest.mark.parametrize("rule", [*RULES, *MIXED], ids=lambda rule: rule.label)
 
@@ -70,13 +74,15 @@ def rows(seed: int = 0, n: int = N, p: int = P):
 
 
 def applied(rule, matrix, weights=None, memory=None, senders=None, seed=0):
-    n = len(matrix)
+    """The server's own update, for the rule that has one, is near what most rows say."""
+    n, matrix = len(matrix), np.asarray(matrix)
     weights = np.full(n, 1 / n) if weights is None else weights
     received = Received(
         Updates(torch.as_tensor(np.asarray(matrix), dtype=torch.float32)),
         torch.as_tensor(weights, dtype=torch.float32),
         tuple(range(n)) if senders is None else senders,
         torch.Generator().manual_seed(seed),
+        torch.as_tensor(np.median(matrix, axis=0), dtype=torch.float32) if rule.kind == "fltrust" else None,
     )
     update, memory = rule.make().apply(received, memory or {})
     return update.double().numpy(), memory
@@ -111,7 +117,7 @@ def test_a_scale_and_a_shift_of_all_rows_do_what_they_do_to_a_mean(rule):
     base, _ = applied(rule, matrix)
     if rule.kind not in ("norm_clipping", "centred_clipping"):
         np.testing.assert_allclose(applied(rule, 3 * matrix)[0], 3 * base, rtol=1e-4, atol=1e-5)
-    if rule.kind not in ("norm_clipping", "centred_clipping", "foolsgold", "robust_learning_rate"):
+    if rule.kind not in ("norm_clipping", "centred_clipping", "foolsgold", "robust_learning_rate", "fltrust"):
         np.testing.assert_allclose(applied(rule, matrix + shift)[0], base + shift, atol=1e-5)
 
 
@@ -308,6 +314,21 @@ def test_labels_tell_rules_apart():
     labels = [rule.label for rule in [*RULES, *MIXED]]
     assert len(set(labels)) == len(labels)
     assert Krum(num_byzantine=2, before=Bucketing()).label == "Krum 2 after buckets of 2"
+
+
+FLOWER = json.loads((Path(__file__).parents[1] / "golden" / "flower_aggregation.json").read_text())
+
+
+@pytest.mark.parametrize("case", FLOWER["cases"], ids=range(len(FLOWER["cases"])))
+@pytest.mark.parametrize("kind", ["mean", "median", "trimmed_mean", "krum", "multi_krum", "bulyan"])
+def test_agrees_with_flower_where_it_has_the_rule(kind, case):
+    rule = next(rule for rule in RULES if rule.kind == kind)
+    assert FLOWER["num_byzantine"] == F
+    weights = np.array(case["counts"]) / sum(case["counts"])
+    update, _ = applied(rule, case["updates"], weights)
+    theirs = [case["aggregated"][name] for name in (kind, f"{kind}_reversed") if name in case["aggregated"]]
+    assert any(np.allclose(update, each, rtol=1e-5, atol=2e-5) for each in theirs)
+    assert kind == "bulyan" or len(theirs) == 1  # whose choice among equals is the first there, and the nearest here
 
 
 def test_sensitivity_is_known_of_means_alone():
