@@ -175,33 +175,40 @@ def study_page() -> str:
     """Returns every section of a study file and every kind with its fields."""
     parts = [STUDY_INTRO.strip(), "## The top of the file", _about(Study), _table(Study)]
     parts += ["## base: one training", _about(TrainSpec), _table(TrainSpec, skip=("seed",))]
+    nested: dict[tuple[Kind, ...], str] = {}
     for name, field in TrainSpec.model_fields.items():
-        parts += _section(f"base.{name}", field.annotation)
+        parts += _section(f"base.{name}", field.annotation, nested)
     for name in ("compressions", "evaluations"):
-        parts += _section(name, Study.model_fields[name].annotation)
+        parts += _section(name, Study.model_fields[name].annotation, nested)
     return NOTICE + "\n".join(part if part.startswith("|") else f"{part}\n" for part in parts).rstrip() + "\n"
 
 
-def _section(name: str, annotation: Any) -> list[str]:
-    """Returns the parts of the page on a field whose value is a table, or nothing for other fields."""
+def _section(name: str, annotation: Any, nested: dict[tuple[Kind, ...], str]) -> list[str]:
+    """Returns the parts of the page on a field whose value is a table, or nothing for other fields.
+
+    Args:
+        name: The field.
+        annotation: What it may be.
+        nested: Tables within tables -> the section that describes them; those of this one are added.
+    """
     members = kinds(annotation)
     if not members:
         return []
-    parts, above = [f"## {name}"], set[str]()
+    parts = [f"## {name}"]
     for spec, kind in members:
         if kind:
             parts.append(f'### {name}: `kind = "{kind}"`')
         parts += [_about(spec), _table(spec)]
         for inner, field in spec.model_fields.items():
             tables = [table for table in kinds(field.annotation) if table not in members]
-            home = _home(tables)
+            home = _home(tables) or nested.get(tuple(tables), "")
+            if home == name:
+                parts.append(f"What `{inner}` may be stands above.")
+                continue
             if home:
                 parts.append(f"What `{inner}` may be stands under [{home}](#{home.replace('.', '')}).")
                 continue
-            if inner in above:
-                parts.append(f"What `{inner}` may be stands above.")
-                continue
-            above |= {inner} if tables else set()
+            nested |= {tuple(tables): name} if tables else {}
             for table in tables:  # tables within the table that have no section of their own
                 heading = f"### {name}.{inner}" + (f': `kind = "{table.kind}"`' if table.kind else "")
                 parts += [heading, _about(table.spec), _table(table.spec)]

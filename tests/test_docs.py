@@ -115,6 +115,7 @@ SECTIONS = {
     "PrivacySpec": "base.privacy",
     "ClippingSpec": "base.privacy.clipping",
     "ThreatSpec": "base.threat",
+    "TriggerSpec": "base.threat.trigger",
     "CompressionSpec": "compressions",
     "EvaluationSpec": "evaluations",
     "EvasionSpec": "evaluations",

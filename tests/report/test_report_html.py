@@ -62,8 +62,8 @@ def page(text):
 
 def test_sections_stand_in_reading_order(page):
     assert [a["id"] for a in page.of("section")] == [
-        "answer", "configurations", "robustness", "diagnostics", "transfer", "cost", "training", "clients", "examples",
-        "guarantees", "data", "reproduce", "missing",
+        "answer", "configurations", "robustness", "diagnostics", "poisoning", "transfer", "cost", "training", "clients",
+        "examples", "guarantees", "data", "reproduce", "missing",
     ]  # fmt: skip
     assert len(page.of("h1")) == 1
     levels = [int(name[1]) for name, _ in page.elements if re.fullmatch("h[1-6]", name)]

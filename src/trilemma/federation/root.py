@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trilemma.data.records import Dataset, Records
 from trilemma.errors import UserError
-from trilemma.federation.aggregation.specs import FlTrust
+from trilemma.federation.aggregation.weighing_specs import FlTrust
 from trilemma.federation.clients import Client, Shard
 from trilemma.federation.local_training import load_model, local_train
 from trilemma.federation.public import refuse_other_form, refuse_shared
