@@ -206,6 +206,7 @@ def _run(label: str, numbers: Made, seed: int, client: int | None) -> Run:
         key=f"s1:{zlib.crc32(f'{label}/{seed}/{client}'.encode()):08x}",
         configuration=label,
         varied={"privacy": "none", "defence": numbers.defence},
+        labels={"aggregation": "mean", "threat": numbers.threat.replace("_", " ")},
         seed=seed,
         spec=_spec(numbers, seed, client),
         history=history,

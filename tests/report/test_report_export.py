@@ -153,7 +153,10 @@ def test_latex_and_markdown_leave_no_special_character_alone(text):
 def test_markdown_is_a_table_of_equal_rows(results, tmp_path):
     export_markdown(results, tmp_path / "out.md")
     lines = (tmp_path / "out.md").read_text(encoding="utf-8").splitlines()
-    lines, end = lines[:-4], lines[-4:]
+    threats, lines = lines[:6], lines[6:]
+    assert threats[0] == "| threat | mean |" and threats[2].startswith("| none | 0.96")
+    assert threats[3].startswith("| label flip | 0.90") and threats[4] == "" and "each rule of aggregation" in threats[5]
+    lines, end = lines[1:-4], lines[-4:]
     assert (end[0], end[2], end[3]) == ("", "", "Data: pneumoniamnist 28.")
     assert len(lines) == 2 + len(summary_rows(results))
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1

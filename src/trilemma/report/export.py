@@ -17,9 +17,10 @@ from typing import Any
 from trilemma.atomic import atomic_write
 from trilemma.evaluation.measurement import Measurement
 from trilemma.report.claims import TIME_IS_SECRET, claim_of
-from trilemma.report.configurations import void_reasons
+from trilemma.report.configurations import configuration_rows, headline, void_reasons
 from trilemma.report.datasets import DataUsed, data_in_words, data_of
 from trilemma.report.markup import clean
+from trilemma.report.poisoning import threats_caption, written_threats
 from trilemma.report.summary import legend, summary_rows, written_rows
 from trilemma.results import Artefact, Results, Run
 
@@ -108,18 +109,30 @@ def export_latex(results: Results, path: Path) -> None:
 
 
 def export_markdown(results: Results, path: Path) -> None:
-    """Writes the table of configurations as a Markdown table."""
+    """Writes the table of configurations as a Markdown table, and that of threats and rules where there are threats."""
     titles, rows = written_rows(results)
     lines = [
-        "| " + " | ".join(map(markdown, titles)) + " |",
-        "|" + "|".join([" --- ", " --- ", *[" ---: "] * (len(titles) - 3), " :---: "]) + "|",
-        *("| " + " | ".join(map(markdown, row)) + " |" for row in rows),
+        *_markdown_table(titles, rows, [" --- ", " --- ", *[" ---: "] * (len(titles) - 3), " :---: "]),
         "",
         markdown(" ".join(legend(results))),
         "",
         markdown(data_in_words(results)),
     ]
+    configurations = configuration_rows(results)
+    by = headline(configurations)
+    titles, rows = written_threats(configurations, by)
+    if rows:
+        table = _markdown_table(titles, rows, [" --- ", *[" ---: "] * (len(titles) - 1)])
+        lines = [*table, "", markdown(threats_caption(by)), "", *lines]
     atomic_write(Path(path), ("\n".join(lines) + "\n").encode())
+
+
+def _markdown_table(titles: list[str], rows: list[list[str]], columns: list[str]) -> list[str]:
+    return [
+        "| " + " | ".join(map(markdown, titles)) + " |",
+        "|" + "|".join(columns) + "|",
+        *("| " + " | ".join(map(markdown, row)) + " |" for row in rows),
+    ]
 
 
 def measurement_rows(results: Results) -> Iterator[dict[str, Any]]:

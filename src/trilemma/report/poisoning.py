@@ -1,12 +1,13 @@
 """What poisoned hospitals do: every threat against every rule, what triggers do, and what was left out and why."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from trilemma.report import numbers
 from trilemma.report.configurations import UNCOMPRESSED, Headline, Row
 from trilemma.report.estimates import difference
 from trilemma.report.finding import Finding
-from trilemma.report.markup import Content, Html, tag
+from trilemma.report.markup import Html, tag
 from trilemma.report.tables import Notes, header, rate_cell, table
 from trilemma.results import Results, Run
 
@@ -29,29 +30,73 @@ def poisoning_section_parts(rows: Sequence[Row], by: Headline) -> list[Html]:
     return parts + ([backdoors_table(rows)] if any(row.triggered for row in rows) else [])
 
 
-def threats_table(rows: Sequence[Row], by: Headline) -> Html:
-    """Returns the usefulness that every rule keeps under every threat; what it withstands is marked.
+class Line(NamedTuple):
+    """What one threat leaves of every rule.
+
+    Attributes:
+        threat: Its label.
+        others: What else the configurations have in common, where a study varies more.
+        by_rule: Rule's label -> its row.
+    """
+
+    threat: str
+    others: str
+    by_rule: dict[str, Row]
+
+
+def threat_lines(rows: Sequence[Row]) -> tuple[list[str], list[Line]]:
+    """Returns the rules of a study and a line for every threat, and for none where the same was trained without one.
 
     Where several configurations share a threat and a rule, each has a line of its own.
     """
-    notes = Notes("note-threats")
-    rules = list(dict.fromkeys(_rule(row) for row in rows if _federated(row)))
+    federated, poisoned = [row for row in rows if _federated(row)], _poisoned(rows)
+    compared = {row.profile("threat", "aggregation") for row in poisoned}
     lines: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        if _federated(row) and (row.kind("threat") != "none" or any(_same_but_threat(row, r) for r in _poisoned(rows))):
+    for row in federated:
+        if row.profile("threat", "aggregation") in compared:
             lines.setdefault((_threat(row), _others(row)), {})[_rule(row)] = row
-    several = len({others for _, others in lines}) > 1
+    rules = list(dict.fromkeys(_rule(row) for row in federated))
+    return rules, [Line(threat, others, by_rule) for (threat, others), by_rule in lines.items()]
+
+
+def threats_table(rows: Sequence[Row], by: Headline) -> Html:
+    """Returns the usefulness that every rule keeps under every threat; what it withstands is marked."""
+    notes, (rules, lines) = Notes("note-threats"), threat_lines(rows)
+    several = len({line.others for line in lines}) > 1
     body = []
-    for (threat, others), by_rule in lines.items():
-        name: Content = [threat, tag("span", others, class_="range")] if several and others else threat
-        cells = [_kept_cell(by_rule.get(rule), rows, by, notes) for rule in rules]
-        body.append(tag("tr", tag("th", name, scope="row"), *cells))
-    what = numbers.metric_title(by.utility)
-    caption = (
-        f"{what} that each rule of aggregation keeps under each threat. ✓ marks a value at most "
-        f"{numbers.metric_difference(by.utility, WITHSTOOD)} below the mean without a threat."
+    for line in lines:
+        other = tag("span", line.others, class_="range") if several and line.others else None
+        cells = [_kept_cell(line.by_rule.get(rule), rows, by, notes) for rule in rules]
+        body.append(tag("tr", tag("th", line.threat, other, scope="row"), *cells))
+    return table(threats_caption(by), [header(["threat ↓  rule →", *rules])], body, notes)
+
+
+def threats_caption(by: Headline) -> str:
+    """Returns what the table of threats and rules shows."""
+    return (
+        f"{numbers.metric_title(by.utility)} that each rule of aggregation keeps under each threat. ✓ marks a value at "
+        f"most {numbers.metric_difference(by.utility, WITHSTOOD)} below the mean without a threat."
     )
-    return table(caption, [header(["threat ↓  rule →", *rules])], body, notes)
+
+
+def written_threats(rows: Sequence[Row], by: Headline) -> tuple[list[str], list[list[str]]]:
+    """Returns column titles and cells of the table of threats and rules, for tables of text; empty without a threat."""
+    if not _poisoned(rows):
+        return [], []
+    rules, lines = threat_lines(rows)
+    several = len({line.others for line in lines}) > 1
+    cells = []
+    for line in lines:
+        name = f"{line.threat} ({line.others})" if several and line.others else line.threat
+        cells.append([name, *(_written(line.by_rule.get(rule), rows, by) for rule in rules)])
+    return ["threat", *rules], cells
+
+
+def _written(row: Row | None, rows: Sequence[Row], by: Headline) -> str:
+    if row is None:
+        return numbers.NO_VALUE
+    written = numbers.metric_estimate(by.utility, row.metric(by.utility))
+    return f"{written} ✓" if _withstood(row, rows, by) else written
 
 
 def backdoors_table(rows: Sequence[Row]) -> Html:
@@ -128,11 +173,14 @@ def _shortened(sentences: Sequence[str]) -> tuple[str, ...]:
 def _kept_cell(row: Row | None, rows: Sequence[Row], by: Headline, notes: Notes) -> Html:
     if row is None:
         return tag("td", numbers.NO_VALUE, class_="missing", title="the study does not ask for it")
-    kept, clean = row.metric(by.utility), _untouched(row, rows).metric(by.utility)
-    gap = difference(kept, clean)
-    cell = rate_cell(by.utility, kept, notes)
-    withstood = gap is not None and gap.value >= -WITHSTOOD
-    return Html(cell.replace("</td>", " ✓</td>")) if withstood else cell
+    cell = rate_cell(by.utility, row.metric(by.utility), notes)
+    return Html(cell.replace("</td>", " ✓</td>")) if _withstood(row, rows, by) else cell
+
+
+def _withstood(row: Row, rows: Sequence[Row], by: Headline) -> bool:
+    """Returns whether a configuration is nearly as useful as the mean without a threat."""
+    gap = difference(row.metric(by.utility), _untouched(row, rows).metric(by.utility))
+    return gap is not None and gap.value >= -WITHSTOOD
 
 
 def _untouched(row: Row, rows: Sequence[Row]) -> Row:

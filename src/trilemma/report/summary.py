@@ -40,9 +40,14 @@ def written_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     utilities = ("auroc", "accuracy") if any(row.metric("auroc").value is not None for row in rows) else ("accuracy",)
     robust = [f"robust ({by.evaluation}, {numbers.radius(by.radius)})"] if by.evaluation else []
     titles = ["configuration", "compression", *map(numbers.metric_title, utilities), "epsilon", *robust]
+    planted = list(dict.fromkeys(name for row in rows for name in row.triggered))
+    titles += [f"attack success ({name})" for name in planted]
     titles += ["file", "latency", "Pareto"]
     mixed = len(claims_of(rows)) > 1
-    cells = [_written(row, best, by, utilities, mixed) for row, best in zip(rows, pareto_rows(rows, by), strict=True)]
+    cells = [
+        _written(row, best, by, utilities, mixed, planted)
+        for row, best in zip(rows, pareto_rows(rows, by), strict=True)
+    ]
     return titles, cells
 
 
@@ -113,6 +118,9 @@ def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
     plain |= _three("robust_auroc", score.estimate)
     plain |= _three("robust_sensitivity", at.sensitivity)
     plain |= _three("robust_specificity", at.specificity)
+    for name, each in row.triggered.items():
+        for metric, found in each.items():
+            plain |= _three(f"{metric} ({name})", found)
     return plain | {
         "robust_auroc_evaluation": score.evaluation or None,
         "robust_bound_because": at.robust.reason if at.robust.bound else "",
@@ -133,7 +141,9 @@ def _three(name: str, estimate: Estimate) -> dict[str, float | None]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def _written(row: Row, best: bool, by: Headline, utilities: tuple[str, ...], mixed: bool) -> list[str]:
+def _written(
+    row: Row, best: bool, by: Headline, utilities: tuple[str, ...], mixed: bool, planted: Sequence[str]
+) -> list[str]:
     robust = row.under(by.evaluation, by.radius).robust
     below = robust.judged is not None and row.majority is not None and robust.judged <= row.majority
     size, latency = row.file_bytes.value, row.latency_1.value
@@ -144,6 +154,7 @@ def _written(row: Row, best: bool, by: Headline, utilities: tuple[str, ...], mix
         *(numbers.metric_estimate(metric, row.metric(metric)) for metric in utilities),
         "no guarantee" if row.epsilon is None else numbers.epsilon(row.epsilon) + about,
         *([numbers.metric_estimate("robust_accuracy", robust) + (" ↓" if below else "")] if by.evaluation else []),
+        *(numbers.metric_estimate("accuracy", row.backdoor(name, "attack_success_rate")) for name in planted),
         numbers.NO_VALUE if size is None else numbers.byte_size(size),
         numbers.NO_VALUE if latency is None else numbers.duration(latency),
         "★" if best else "",
