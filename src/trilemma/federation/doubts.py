@@ -19,8 +19,6 @@ def doubts_about_rule(spec: TrainSpec) -> list[str]:
             f"local noise makes honest updates differ from each other, and attackers hide among them: {rule.label} may "
             "take noise for attacks and attacks for noise"
         )
-    if getattr(spec.model, "norm", "") == "batch":
-        found.append(f"batch norm's statistics are averaged whatever the rule: {rule.label} does not look at them")
     return found + _too_many(spec)
 
 
