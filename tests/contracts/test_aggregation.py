@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from reference import naive_aggregation as naive
+from trilemma.federation.aggregation import outliers
 from trilemma.federation.aggregation import updates as updates_module
 from trilemma.federation.aggregation.lengths import fltrust
 from trilemma.federation.aggregation.mixing import nearest_neighbour_mixing
@@ -238,6 +239,23 @@ def test_distances_are_right_beside_rows_that_are_huge_and_far_from_zero():
     expected = torch.cdist(matrix[:-2].double(), matrix[:-2].double()) ** 2
     torch.testing.assert_close(found[:-2, :-2], expected, rtol=1e-3, atol=1e-4)
     assert (found[-2:, :-2] > 1e25).all() and not found.isnan().any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e20, 1e37])
+@pytest.mark.parametrize("away", [0.0, 1e-6, 1.0])
+def test_lengths_are_right_at_any_scale_and_near_the_point_that_they_are_measured_from(scale, away):
+    matrix = torch.as_tensor(rows(), dtype=torch.float32) * scale
+    torch.testing.assert_close(Updates(matrix).norms(), matrix.double().norm(dim=1), rtol=1e-6, atol=0)
+    point = matrix[0] + away * matrix[1]
+    expected = (matrix.double() - point.double()).norm(dim=1)
+    torch.testing.assert_close(Updates(matrix).norms(point), expected, rtol=2e-4, atol=0 if away else 1e-12 * scale)
+
+
+def test_drawn_coordinates_are_spread_over_all_of_many():
+    index = outliers._drawn(1_000_000, 10_000, torch.Generator().manual_seed(0))
+    assert 9_900 < len(index) <= 10_000 and len(index.unique()) == len(index)
+    assert torch.histc(index.float(), 10, 0, 1_000_000).min() > 900
+    assert sorted(outliers._drawn(50, 10_000, torch.Generator()).tolist()) == list(range(50))
 
 
 @every_rule

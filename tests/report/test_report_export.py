@@ -155,7 +155,9 @@ def test_markdown_is_a_table_of_equal_rows(results, tmp_path):
     lines = (tmp_path / "out.md").read_text(encoding="utf-8").splitlines()
     threats, lines = lines[:6], lines[6:]
     assert threats[0] == "| threat | mean |" and threats[2].startswith("| none | 0.96")
-    assert threats[3].startswith("| label flip | 0.90") and threats[4] == "" and "each rule of aggregation" in threats[5]
+    assert (
+        threats[3].startswith("| label flip | 0.90") and threats[4] == "" and "each rule of aggregation" in threats[5]
+    )
     lines, end = lines[1:-4], lines[-4:]
     assert (end[0], end[2], end[3]) == ("", "", "Data: pneumoniamnist 28.")
     assert len(lines) == 2 + len(summary_rows(results))

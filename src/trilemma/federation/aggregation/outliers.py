@@ -7,6 +7,8 @@ from trilemma.federation.aggregation.updates import Updates
 
 #: Numbers into which FoolsGold's memory of a client is folded: cosines of 65536 are right to about .004.
 FOLDED = 2**16
+#: Of more coordinates than this no order is drawn, which would take longer than the rule.
+_PERMUTED = 2**17
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -39,14 +41,21 @@ def divide_and_conquer(
     num_left_out = min(num_rows - 1, round(filter_factor * num_byzantine))
     good_K = torch.ones(num_rows, dtype=torch.bool, device=updates.matrix_NP.device)
     for _ in range(rounds):
-        order_P = torch.randperm(num_parameters, generator=draws, device=draws.device)[:num_coordinates]
-        block_KC = updates.columns(order_P.to(updates.matrix_NP.device)).double()
+        index_C = _drawn(num_parameters, num_coordinates, draws)
+        block_KC = updates.columns(index_C.to(updates.matrix_NP.device)).double()
         block_KC = block_KC - block_KC.mean(dim=0)
         # The left singular vectors are the eigenvectors of the small matrix of products.
         _, vectors_KK = torch.linalg.eigh(block_KC @ block_KC.T)
         outlying_K = vectors_KK[:, -1].square()
         good_K[outlying_K.argsort(descending=True, stable=True)[:num_left_out]] = False
     return updates.combined(good_K.double() / max(1, int(good_K.sum())))  # of none that are good, no move
+
+
+def _drawn(num_parameters: int, most: int, draws: torch.Generator) -> Tensor:
+    """Returns different coordinates, ascending; of many a few less than `most`, for some are drawn twice."""
+    if num_parameters <= _PERMUTED:
+        return torch.randperm(num_parameters, generator=draws, device=draws.device)[:most].sort().values
+    return torch.randint(num_parameters, (most,), generator=draws, device=draws.device).unique()
 
 
 def foolsgold(updates: Updates, histories_KF: Tensor) -> Tensor:
@@ -93,13 +102,22 @@ def folded(updates: Updates) -> Tensor:
     A count sketch: what a client has sent over all rounds need not be kept in full. One pass.
     References: Charikar, Chen and Farach-Colton (2002).
     """
-    num_parameters = updates.matrix_NP.shape[1]
+    device, num_parameters = updates.matrix_NP.device, updates.matrix_NP.shape[1]
     draws = torch.Generator().manual_seed(0)
-    place_P = torch.randint(FOLDED, (num_parameters,), generator=draws)
-    sign_P = 1.0 - 2.0 * torch.randint(2, (num_parameters,), generator=draws)
-    found_KF = torch.zeros(len(updates), FOLDED, dtype=torch.float64, device=updates.matrix_NP.device)
-    device = updates.matrix_NP.device
+    sign_P = (1.0 - 2.0 * torch.randint(2, (num_parameters,), generator=draws)).to(device)
+    found_KF = _folded(updates, sign_P, torch.float32)
+    return (found_KF if bool(found_KF.isfinite().all()) else _folded(updates, sign_P, torch.float64)).double()
+
+
+def _folded(updates: Updates, sign_P: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the signed sums; a column's place is its number modulo FOLDED, for the signs alone do the work."""
+    found_KF = torch.zeros(len(updates), FOLDED, dtype=dtype, device=sign_P.device)
     for columns, block_Kc in updates.blocks():
-        signed_Kc = block_Kc.double() * sign_P[columns].to(device, torch.float64)
-        found_KF.index_add_(1, place_P[columns].to(device), signed_Kc)
+        start, done = columns.start, 0
+        while done < block_Kc.shape[1]:
+            place = (start + done) % FOLDED
+            end = min(block_Kc.shape[1], done + FOLDED - place)
+            part_Kc, signs_c = block_Kc[:, done:end].to(dtype), sign_P[start + done : start + end].to(dtype)
+            found_KF[:, place : place + end - done].addcmul_(part_Kc, signs_c)
+            done = end
     return found_KF

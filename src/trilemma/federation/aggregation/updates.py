@@ -9,8 +9,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-#: Numbers that are held at a time beside the updates.
-AT_A_TIME = 2**22
+#: Numbers that are held at a time beside the updates: few enough to stay in a processor's cache.
+AT_A_TIME = 2**20
+
+#: Squared distances below this share of the squared lengths are computed from differences: of a difference of squares
+#: too few digits would be left.
+TOO_CLOSE = 1e-2
+
+#: Lengths below this are made of squares that float32 may not hold.
+_SMALL = 1e-15
 
 
 class Updates:
@@ -36,14 +43,15 @@ class Updates:
     def squared_distances(self) -> Tensor:
         """Returns the squared distances of all pairs of rows, (K, K) in double precision.
 
-        One pass for the lengths and one matrix product of N x P by P x N. Rows are taken relative to the one of median
-        length, which no distance depends on: what they have in common costs no digits, and a row that is huge costs
-        none of the others'.
+        One matrix product of N x P by P x N. Where rows lie close to each other, for their length, the product is made
+        again of the rows relative to the one of median length, which no distance depends on: what they have in common
+        then costs no digits, and a row that is huge costs none of the others'.
         """
-        middle = int(self.norms().argsort(stable=True)[(len(self) - 1) // 2])
-        products_KK = self._products(lambda block_Kc: block_Kc - block_Kc[middle])
-        squares_K = products_KK.diagonal()
-        distances_KK = (squares_K[:, None] + squares_K[None, :] - 2 * products_KK).clamp_(min=0.0)
+        distances_KK, lengths_KK = _distances(self.products())
+        close_KK = (distances_KK < TOO_CLOSE * lengths_KK) | ~distances_KK.isfinite()
+        if bool(close_KK.fill_diagonal_(False).any()):
+            middle = int(self.norms().argsort(stable=True)[(len(self) - 1) // 2])
+            distances_KK, _ = _distances(self._products(lambda block_Kc: block_Kc - block_Kc[middle]))
         distances_KK = distances_KK.nan_to_num(nan=torch.inf, posinf=torch.inf)  # of a row whose squares overflow
         return distances_KK.fill_diagonal_(0.0)
 
@@ -52,12 +60,21 @@ class Updates:
         return self._products(lambda block_Kc: block_Kc)
 
     def norms(self, origin_P: Tensor | None = None) -> Tensor:
-        """Returns the lengths of the rows, or their distances from a point, (K,) in double precision: one pass."""
-        squares_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
+        """Returns the lengths of the rows, or their distances from a point, (K,) in double precision: one pass.
+
+        A second pass where a row lies close to the point, for its length.
+        """
+        if origin_P is None:
+            return self._lengths(lambda _, block_Kc: block_Kc)
+        squares_K, dots_K = torch.zeros(2, len(self), dtype=torch.float64, device=self.matrix_NP.device)
         for columns, block_Kc in self.blocks():
-            away_Kc = block_Kc if origin_P is None else block_Kc - origin_P[columns]
-            squares_K += torch.linalg.vector_norm(away_Kc.double(), dim=1).square()  # floats' squares overflow
-        return squares_K.sqrt()
+            squares_K += _lengths(block_Kc).square()
+            dots_K += (block_Kc @ origin_P[columns]).double()
+        lengths_K = squares_K + torch.linalg.vector_norm(origin_P.double()).square()
+        distances_K = lengths_K - 2 * dots_K
+        if bool((~distances_K.isfinite() | (distances_K < TOO_CLOSE * lengths_K)).any()):
+            return self._lengths(lambda columns, block_Kc: block_Kc - origin_P[columns])
+        return distances_K.sqrt()
 
     def dots(self, point_P: Tensor) -> Tensor:
         """Returns the inner products of the rows with a point, (K,) in double precision: one pass."""
@@ -84,11 +101,21 @@ class Updates:
         block_NC = self.matrix_NP[:, index_C]
         return block_NC if self.mix_KN is None else self.mix_KN.to(block_NC) @ block_NC
 
+    def _lengths(self, of_block: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        squares_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
+        for columns, block_Kc in self.blocks():
+            squares_K += _lengths(of_block(columns, block_Kc)).square()
+        return squares_K.sqrt()
+
     def _products(self, of_block: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the inner products of what is made of the rows; a quarter of the table is a mirror of another."""
+        half = len(self) // 2
         products_KK = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.matrix_NP.device)
         for _, block_Kc in self.blocks():
             block_Kc = of_block(block_Kc)
-            products_KK += (block_Kc @ block_Kc.T).double()
+            products_KK[:half] += (block_Kc[:half] @ block_Kc.T).double()
+            products_KK[half:, half:] += (block_Kc[half:] @ block_Kc[half:].T).double()
+        products_KK[half:, :half] = products_KK[:half, half:].T
         return products_KK
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -99,3 +126,18 @@ class Updates:
             columns = slice(start, start + width)
             block_Nc = self.matrix_NP[:, columns]
             yield columns, block_Nc if self.mix_KN is None else self.mix_KN.to(block_Nc) @ block_Nc
+
+
+def _distances(products_KK: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns squared distances, at least 0, and the sums of the squared lengths that they are differences of."""
+    squares_K = products_KK.diagonal()
+    lengths_KK = squares_K[:, None] + squares_K[None, :]
+    return (lengths_KK - 2 * products_KK).clamp(min=0.0), lengths_KK
+
+
+def _lengths(block_Kc: Tensor) -> Tensor:
+    """Returns the lengths of a block's rows in double precision; squares that leave float32's range are taken in it."""
+    lengths_K = torch.linalg.vector_norm(block_Kc, dim=1)
+    if bool((lengths_K.isfinite() & (lengths_K > _SMALL)).all()):
+        return lengths_K.double()
+    return torch.linalg.vector_norm(block_Kc.double(), dim=1)
