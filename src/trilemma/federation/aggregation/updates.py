@@ -72,7 +72,8 @@ class Updates:
             dots_K += (block_Kc @ origin_P[columns]).double()
         lengths_K = squares_K + torch.linalg.vector_norm(origin_P.double()).square()
         distances_K = lengths_K - 2 * dots_K
-        if bool((~distances_K.isfinite() | (distances_K < TOO_CLOSE * lengths_K)).any()):
+        doubtful_K = ~distances_K.isfinite() | (distances_K < TOO_CLOSE * lengths_K) | (lengths_K < _SMALL**2)
+        if bool(doubtful_K.any()):
             return self._lengths(lambda columns, block_Kc: block_Kc - origin_P[columns])
         return distances_K.sqrt()
 
