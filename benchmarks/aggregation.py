@@ -24,6 +24,7 @@ from trilemma.federation.aggregation.specs import (
     Bulyan,
     CentredClipping,
     DivideAndConquer,
+    FlTrust,
     FoolsGold,
     GeometricMedian,
     Krum,
@@ -44,6 +45,7 @@ RULES: dict[str, Rule] = {
     "centred_clipping": CentredClipping(radius=1.0),
     "robust_learning_rate": RobustLearningRate(threshold=30),
     "divide_and_conquer": DivideAndConquer(num_byzantine=20),
+    "fltrust": FlTrust(),
     "foolsgold": FoolsGold(),
     "krum": Krum(num_byzantine=20),
     "multi_krum": MultiKrum(num_byzantine=20),
@@ -66,11 +68,11 @@ def updates() -> Tensor:
 
 def run(rule: Rule, matrix_NP: Tensor) -> Callable[[], object]:
     """Returns a call of a rule."""
-    weights_N = torch.full((CLIENTS,), 1 / CLIENTS)
+    weights_N, root_P = torch.full((CLIENTS,), 1 / CLIENTS), matrix_NP[0] + matrix_NP[1]
 
     def call() -> object:
         draws = torch.Generator().manual_seed(0)
-        return rule.make().apply(Received(Updates(matrix_NP), weights_N, tuple(range(CLIENTS)), draws), {})
+        return rule.make().apply(Received(Updates(matrix_NP), weights_N, tuple(range(CLIENTS)), draws, root_P), {})
 
     return call
 

@@ -78,8 +78,16 @@ class Updates:
         return distances_K.sqrt()
 
     def dots(self, point_P: Tensor) -> Tensor:
-        """Returns the inner products of the rows with a point, (K,) in double precision: one pass."""
+        """Returns the inner products of the rows with a point, (K,) in double precision: one pass.
+
+        A second one, in double precision throughout, where a product overflows.
+        """
         dots_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
+        for columns, block_Kc in self.blocks():
+            dots_K += (block_Kc @ point_P[columns]).double()
+        if bool(dots_K.isfinite().all()):
+            return dots_K
+        dots_K = torch.zeros_like(dots_K)
         for columns, block_Kc in self.blocks():
             dots_K += block_Kc.double() @ point_P[columns].double()
         return dots_K
