@@ -251,7 +251,7 @@ def _table(spec: type[Spec], skip: tuple[str, ...] = ()) -> str:
     texts = attribute_texts(spec)
     lines = ["| field | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in spec.model_fields.items():
-        if name in skip or name == "kind":
+        if name in skip or name == "kind" or field.annotation in (None, type(None)):  # which it shares and may not have
             continue
         if name not in texts:
             sys.exit(f"{spec.__name__}.{name} has no line in the class's Attributes")

@@ -173,6 +173,9 @@ def test_a_row_that_overflows_counts_for_nothing_in_foolsgold_and_for_no_longer(
         assert np.isfinite(update).all() and np.linalg.norm(update) > 0.1
     trusted = fltrust(Updates(torch.tensor([[3e38] * P, [1.0] * P])), torch.ones(P))
     assert trusted.isfinite().all() and trusted.norm() > 1
+    for tiny in (1e-20, 1e-38, 1e-41):
+        trusted = fltrust(Updates(torch.stack([torch.ones(P) * tiny, torch.ones(P)])), torch.ones(P))
+        torch.testing.assert_close(trusted, torch.ones(P))
 
 
 def test_the_mean_does_not_and_neither_does_a_rule_with_more_attackers_than_it_is_made_for():

@@ -14,6 +14,7 @@ from trilemma.federation.admission import PLAUSIBLE, digest, why_malformed, why_
 from trilemma.federation.local_training import LocalResult
 from trilemma.federation.server import aggregate
 from trilemma.federation.training import initial_state
+from trilemma.models.vector import variances
 
 FOUR = {"partition": {"kind": "iid", "num_clients": 4}, "local": {"batch_size": 8, "steps": 1}}
 RULES = [
@@ -34,9 +35,13 @@ def result_of(update_P, buffers_Q=None) -> LocalResult:
 def test_what_is_sound_is_let_in():
     state = initial_state(tiny_federation())
     good = result_of(torch.full_like(state.params_P, 0.01))
-    for why in (why_malformed, why_too_long, why_old):
+    for why in (why_malformed, too_long, why_old):
         assert why(good, state) == ""
         assert why(result_of(torch.zeros_like(state.params_P)), replace(state, seen=(digest(state.params_P),))) == ""
+
+
+def too_long(result, state):
+    return why_too_long(result, state, torch.zeros(len(result.buffers_Q), dtype=torch.bool))
 
 
 def test_each_flaw_is_named():
@@ -46,15 +51,20 @@ def test_each_flaw_is_named():
     assert f"not ({len(update_P)},)" in why_malformed(result_of(update_P[1:]), state)
     assert "shape (3,)" in why_malformed(result_of(update_P, torch.ones(3)), state)
     just_inside, just_outside = (update_P / update_P.norm() * PLAUSIBLE * length * f for f in (0.999, 1.001))
-    assert why_too_long(result_of(just_inside), state) == ""
-    assert "long, and the model's parameters are" in why_too_long(result_of(just_outside), state)
-    assert "statistics" in why_too_long(result_of(update_P, torch.full((3,), 1e30)), state)
+    assert too_long(result_of(just_inside), state) == ""
+    assert "long, and the model's parameters are" in too_long(result_of(just_outside), state)
+    assert "statistics" in too_long(result_of(update_P, torch.full((3,), 1e30)), state)
+    for dtype in (torch.float64, torch.complex64, torch.int64, torch.bool):
+        assert f"of the type {str(dtype)[6:]}" in why_malformed(result_of(update_P.to(dtype)), state)
+    mask = torch.tensor([False, True])
+    assert why_too_long(result_of(update_P, torch.tensor([-1.0, 1.0])), state, mask) == ""
+    assert "negative variance" in why_too_long(result_of(update_P, torch.tensor([1.0, -1.0])), state, mask)
     assert "earlier" in why_old(result_of(update_P), replace(state, seen=(digest(update_P),)))
 
 
 def flawed(draws: np.random.Generator, good_P: torch.Tensor, earlier: list[torch.Tensor], room: float) -> torch.Tensor:
     """One of the ways in which an update can be no update, with drawn places, sizes and signs."""
-    size, kind = len(good_P), draws.integers(6)
+    size, kind = len(good_P), draws.integers(7)
     update_P = good_P.clone()
     if kind == 0:  # some numbers that are none
         where = draws.choice(size, draws.integers(1, min(size, 50)), replace=False)
@@ -68,41 +78,60 @@ def flawed(draws: np.random.Generator, good_P: torch.Tensor, earlier: list[torch
         update_P = good_P / good_P.norm() * room * float(10 ** draws.uniform(0.01, 30))
     elif kind == 4:  # one huge number
         update_P[int(draws.integers(size))] = float(draws.choice([-1, 1])) * room * float(10 ** draws.uniform(0.5, 35))
+    elif kind == 5:  # numbers of another type
+        update_P = good_P.to([torch.float64, torch.complex64, torch.int32, torch.bool][draws.integers(4)])
     else:  # what somebody has sent before
         update_P = earlier[int(draws.integers(len(earlier)))]
     return update_P
 
 
+def flawed_statistics(draws: np.random.Generator, good_Q: torch.Tensor, variances_Q: torch.Tensor) -> torch.Tensor:
+    """Batch norm's statistics that are none: not finite, of another length, huge, or a variance below zero."""
+    buffers_Q, kind = good_Q.clone(), draws.integers(4)
+    if kind == 0:
+        buffers_Q[int(draws.integers(len(good_Q)))] = float(draws.choice([math.nan, math.inf, -math.inf]))
+    elif kind == 1:
+        buffers_Q = good_Q[: int(draws.integers(len(good_Q)))]
+    elif kind == 2:
+        buffers_Q[int(draws.integers(len(good_Q)))] = float(10 ** draws.uniform(10, 35))
+    else:
+        places = variances_Q.nonzero().flatten()
+        buffers_Q[places[int(draws.integers(len(places)))]] = -float(10 ** draws.uniform(-6, 6))
+    return buffers_Q
+
+
 def test_ten_thousand_malformed_updates_crash_nothing_move_nothing_and_are_all_reported():
     """What the server makes of a round with them is what it makes of the same round without those clients."""
-    draws, seen = np.random.default_rng(0), 0
-    federations = [
-        tiny_federation(**{**FOUR, "partition": {"kind": "iid", "num_clients": 8}}, aggregation=r) for r in RULES
-    ]
+    draws, seen, turn, expected = np.random.default_rng(0), 0, 0, {}
+    eight = {**FOUR, "partition": {"kind": "iid", "num_clients": 8}}
+    eight["model"] = {"kind": "resnet9", "width": 4, "norm": "batch"}
+    federations = [tiny_federation(**eight, aggregation=rule) for rule in RULES]
     state = initial_state(federations[0])
     room = PLAUSIBLE * float(state.params_P.norm()) * 1.01
+    variances_Q, good_Q = variances(federations[0].classifier), state.buffers_Q
     earlier = [torch.randn_like(state.params_P) * 0.01 for _ in range(20)]
     state = replace(state, seen=tuple(digest(old_P) for old_P in earlier))
-    expected = {}
-    for turn in range(GENERATED // 4 + 1):
-        federation, clients = federations[turn % len(RULES)], federations[turn % len(RULES)].clients
-        updates = torch.randn(8, len(state.params_P), generator=torch.Generator().manual_seed(turn % 5)) * 0.01
-        results = {client.name: result_of(updates[i]) for i, client in enumerate(clients)}
-        honest, bad = list(clients[:4]) + list(clients[8:]), clients[4:8]
-        # Krum of one attacker needs five updates: one of the bad is honest in its rounds.
-        bad = bad[1:] if federation.spec.aggregation.kind == "krum" else bad
+    while seen < GENERATED:
+        federation = federations[turn % len(RULES)]
+        clients, case = list(federation.clients), (turn % len(RULES), turn % 5)
+        updates = torch.randn(8, len(state.params_P), generator=torch.Generator().manual_seed(case[1])) * 0.01
+        results = {client.name: result_of(updates[i], good_Q) for i, client in enumerate(clients)}
+        # Krum of one attacker needs five updates: one client more is honest in its rounds.
+        num_sound = 5 if federation.spec.aggregation.kind == "krum" else 4
+        sound, bad = clients[:num_sound], clients[num_sound:]
         for client in bad:
-            results[client.name] = result_of(flawed(draws, updates[0], earlier, room))
-        sound = [client for client in clients if client not in bad]
-        found = aggregate(federation, list(clients), results, state)
-        case = (turn % len(RULES), turn % 5)
+            broken = draws.random() < 0.2
+            update_P = updates[0] if broken else flawed(draws, updates[0], earlier, room)
+            buffers_Q = flawed_statistics(draws, good_Q, variances_Q) if broken else good_Q
+            results[client.name] = result_of(update_P, buffers_Q)
+        found = aggregate(federation, clients, results, state)
         if case not in expected:
-            expected[case] = aggregate(federation, sound, {c.name: results[c.name] for c in sound}, state).update_P
-        assert torch.equal(found.update_P, expected[case])
+            expected[case] = aggregate(federation, sound, {c.name: results[c.name] for c in sound}, state)
+        assert torch.equal(found.update_P, expected[case].update_P)
+        assert torch.equal(found.buffers_Q, expected[case].buffers_Q)
         assert set(found.left_out) == {client.name for client in bad} and all(found.left_out.values())
-        assert found.used == sound and honest
-        seen += len(bad)
-    assert seen > 0.9 * GENERATED
+        assert found.used == sound
+        seen, turn = seen + len(bad), turn + 1
 
 
 def test_updates_that_are_left_out_stand_in_the_history(monkeypatch):
@@ -124,15 +153,15 @@ def test_a_training_with_malformed_updates_is_the_one_without_that_client(flaw):
     assert torch.equal(attacked.params_P, without.params_P)
 
 
-def test_of_a_secure_sum_nothing_can_be_left_out_and_a_huge_part_is_refused():
+def test_a_secure_sum_with_nonsense_in_it_changes_nothing_and_does_not_tell_whose_it_was():
     privacy = {"kind": "dp_sgd", "noise_multiplier": 1.0, "delta": 1e-3, "clip": 1.0, "trust": "distributed"}
-    fields = {"partition": FOUR["partition"], "privacy": privacy}
+    fields = {"partition": FOUR["partition"], "privacy": {**privacy, "num_colluding": 1}}
     fields["local"] = {"batch_size": 4, "steps": 1, "momentum": 0, "optimizer": "sgd"}
-    for flaw, said in (("nan", "left_out"), ("huge", "refused")):
+    for flaw, said in (("nan", "not finite; who sent that, it does not show"), ("huge", "too long")):
         federation = tiny_federation(**fields, threat={"kind": "malformed", "flaw": flaw, "num_malicious": 1})
         state = trained_state(federation, 1)
         assert torch.equal(state.params_P, initial_state(tiny_federation(**fields)).params_P)
-        assert said in state.history[0]
+        assert said in state.history[0]["refused"] and "left_out" not in state.history[0]
 
 
 def test_batch_norms_statistics_are_medians_beside_a_rule_that_is_not_the_mean(monkeypatch):

@@ -2,8 +2,8 @@ import pytest
 
 from helpers.tiny_federation import DP, tiny_spec
 from helpers.tiny_study import SMALLEST, plan_of, write_study
-from trilemma.federation.doubts import doubts_about_rule
-from trilemma.study.check import _rule_doubts
+from trilemma.federation.doubts import doubts_about_rule, doubts_about_threat
+from trilemma.study.check import _rule_doubts, _threat_doubts
 
 TRIMMED = {"kind": "trimmed_mean", "num_byzantine": 1}
 
@@ -42,6 +42,22 @@ TRIMMED = {"kind": "trimmed_mean", "num_byzantine": 1}
             {"aggregation": TRIMMED, "threat": {"kind": "label_flip", "num_malicious": 2}},
             ["trimmed mean 1 is made for 1 attackers, and the threat has 2"],
         ),
+        (
+            {
+                "aggregation": {"kind": "fltrust", "num_images": 20},
+                "threat": {"kind": "label_flip", "num_malicious": 3},
+            },
+            [],  # which assumes nothing of their number
+        ),
+        (
+            {"aggregation": {"kind": "foolsgold"}, "threat": {"kind": "label_flip", "num_malicious": 1}},
+            ["looks for several attackers with one aim, and the threat has one"],
+        ),
+        (
+            {"aggregation": {"kind": "geometric_median"}, "algorithm": {"kind": "fedavg", "weights": "records"}},
+            ["weighs updates by what hospitals say that they hold"],
+        ),
+        ({"aggregation": {"kind": "median"}, "algorithm": {"kind": "fedavg", "weights": "records"}}, []),
         ({"aggregation": TRIMMED, "privacy": DP}, ["trimmed mean 1 may take noise for attacks and attacks for noise"]),
         ({"aggregation": TRIMMED, "privacy": DP, "algorithm": {"kind": "centralised"}}, []),
     ],
@@ -57,3 +73,16 @@ def test_a_doubt_is_told_once_with_its_configuration(tmp_path):
     text = f"{SMALLEST}seeds = [0, 1]\n{private}"
     (phrase,) = _rule_doubts(plan_of(write_study(tmp_path, text)))
     assert phrase.endswith("median may take noise for attacks and attacks for noise") and ": local noise" in phrase
+
+
+def test_a_threat_that_does_nothing_or_is_not_measured_is_named(tmp_path):
+    few = {"kind": "alie", "num_malicious": 1}
+    (doubt,) = doubts_about_threat(tiny_spec(threat=few))
+    assert "sends the mean itself: of 3 clients" in doubt and "give it a z" in doubt
+    assert doubts_about_threat(tiny_spec(threat={**few, "z": 1.0})) == []
+    planted = 'base.threat = { kind = "backdoor", num_malicious = 1, target = 1 }\n'
+    wanted = '[[evaluations]]\nkind = "backdoor"\ntarget = TARGET\n'
+    for evaluations, said in (("", 1), (wanted.replace("TARGET", "0"), 1), (wanted.replace("TARGET", "1"), 0)):
+        plan = plan_of(write_study(tmp_path, SMALLEST + planted + evaluations))
+        found = _threat_doubts(plan)
+        assert len(found) == said and all("has its trigger and its target" in phrase for phrase in found)

@@ -7,10 +7,11 @@ from pydantic import ValidationError
 from helpers.tiny_federation import DP, equal_states, tiny_dataset, tiny_federation, tiny_spec, trained_state
 from trilemma.errors import UserError
 from trilemma.federation import round as federated_round
+from trilemma.federation.local_training import LocalResult
 from trilemma.federation.malice import forged
 from trilemma.federation.round import run_round
 from trilemma.federation.state import TrainingState
-from trilemma.federation.training import initial_state
+from trilemma.federation.training import guarantee, initial_state
 
 FIVE = {"partition": {"kind": "iid", "num_clients": 5}, "local": {"batch_size": 8, "steps": 1}, "rounds": 3}
 ON_UPDATES = [
@@ -139,12 +140,22 @@ def test_a_trusted_servers_clip_is_known_to_who_adapts():
         ({"threat": {"kind": "inflated_count"}}, "needs algorithm.weights = 'records'"),
         (
             {
-                "privacy": {**DP, "trust": "distributed"},
+                "privacy": {**DP, "trust": "distributed", "num_colluding": 1},
                 "local": {"steps": 1, "batch_size": 4, "momentum": 0},
                 "threat": {"kind": "alie"},
             },
             "a secure sum shows single updates to nobody else",
         ),
+        (
+            {
+                "privacy": {**DP, "trust": "distributed"},
+                "local": {"steps": 1, "batch_size": 4, "momentum": 0},
+                "threat": {"kind": "sign_flip"},
+            },
+            "set privacy.num_colluding = 1 or more",
+        ),
+        ({"threat": {"kind": "label_flip", "when": {"first": 3}}}, "after the last of 2 rounds"),
+        ({"threat": {"kind": "min_max", "knows": "own"}}, "one update has no spread"),
         (
             {
                 "privacy": {**DP, "unit": "client", "trust": "central"},
@@ -169,6 +180,67 @@ def test_a_class_that_is_not_there_and_a_trigger_without_room_are_refused_before
     ):
         with pytest.raises(UserError, match="threat"):
             tiny_federation(tiny_dataset(), threat={**threat, "num_malicious": 1})
+
+
+def test_shares_of_noise_that_malicious_hospitals_leave_out_are_spare():
+    privacy = {**DP, "trust": "distributed", "num_colluding": 1}
+    local = {"batch_size": 4, "steps": 1, "momentum": 0}
+    federation = tiny_federation(privacy=privacy, local=local, threat={"kind": "scaling", "num_malicious": 1})
+    claim = guarantee(federation, trained_state(federation))
+    assert federation.clients[0].plan.num_honest == 2
+    assert set(claim.epsilon_by_client) == {"client 1", "client 2"}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"kind": "mean"},
+        {"kind": "trimmed_mean", "num_byzantine": 2},
+        {"kind": "bulyan", "num_byzantine": 1},
+        {"kind": "multi_krum", "num_byzantine": 2},
+        {"kind": "median", "before": {"kind": "nearest_neighbours", "num_byzantine": 2}},
+        {"kind": "foolsgold"},
+    ],
+    ids=lambda rule: rule["kind"],
+)
+@pytest.mark.parametrize(("knows", "num_malicious"), [("own", 1), ("own", 2), ("honest", 2), ("honest", 7)])
+def test_who_adapts_is_let_in_whatever_it_knows(rule, knows, num_malicious, monkeypatch):
+    """A rehearsal has as many rows as the round, and knows what the server leaves out.
+
+    To be left out pays only where too few are left for the rule, so that nothing is learnt.
+    """
+    fields = {"partition": {"kind": "iid", "num_clients": 7}, "local": {"batch_size": 8, "steps": 1}, "rounds": 2}
+    fields["local"]["learning_rate"] = 3.0  # updates about as long as the parameters
+    threat = {"kind": "adaptive", "num_malicious": num_malicious, "knows": knows}
+    federation = tiny_federation(**fields, aggregation=rule, threat=threat)
+    history = trained_state(federation).history
+    assert all("left_out" not in row or "refused" in row for row in history)
+    assert rule["kind"] in ("bulyan", "multi_krum") or all("refused" not in row for row in history)
+
+
+def test_an_honest_client_that_diverged_is_nobodys_evidence(monkeypatch):
+    honest = federated_round.local_train
+
+    def train(spec, client, *rest):
+        result = honest(spec, client, *rest)
+        return result._replace(update_P=result.update_P * float("nan")) if client.number == 0 else result
+
+    monkeypatch.setattr(federated_round, "local_train", train)
+    for threat in ({"kind": "mimic"}, {"kind": "adaptive"}, {"kind": "alie", "z": 1.0}):
+        state = trained_state(tiny_federation(**FIVE, threat={**threat, "num_malicious": 2}), 1)
+        assert set(state.history[0]["left_out"]) == {"client 1"} and state.params_P.isfinite().all()
+
+
+def test_model_replacement_counts_the_servers_learning_rate():
+    fields = {**FIVE, "threat": {"kind": "label_flip", "num_malicious": 2, "boost": "replace"}}
+    federation = tiny_federation(**fields, server={"kind": "sgd", "learning_rate": 0.5})
+    state = initial_state(federation)
+    results = {
+        client.name: LocalResult(torch.ones_like(state.params_P), state.buffers_Q, 0.0, {})
+        for client in federation.clients
+    }
+    sent, _ = forged(federation, list(federation.clients), results, state)
+    assert float(sent["client 5"].update_P[0]) == pytest.approx(1 / (0.4 * 0.5))
 
 
 def test_a_hospital_that_lies_about_its_records_weighs_more_only_where_records_weigh():

@@ -72,11 +72,11 @@ def test_a_rule_with_a_root_set_asks_for_its_images():
 def test_the_servers_update_is_what_a_client_with_its_images_would_send():
     federation = tiny_federation(aggregation=RULE)
     state = initial_state(federation)
-    root_P = root_update(federation.spec, federation.root, federation.classifier, state)
+    root_P = root_update(federation.spec, federation.root, federation.classifier, state, 1)
     assert float(root_P.norm()) > 0
-    again = root_update(federation.spec, federation.root, federation.classifier, state)
+    again = root_update(federation.spec, federation.root, federation.classifier, state, 1)
     assert torch.equal(root_P, again)
-    assert root_update(tiny_spec(), None, federation.classifier, state) is None
+    assert root_update(tiny_spec(), None, federation.classifier, state, 1) is None
 
 
 def test_updates_that_point_away_from_the_servers_count_for_nothing():

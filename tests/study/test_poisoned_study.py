@@ -2,14 +2,16 @@
 out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from helpers.tiny_study import plan_of, roots_below, run_plan, write_study
 from trilemma.errors import UserError
+from trilemma.report.configurations import configuration_rows, headline
 from trilemma.report.export import export_json, export_markdown
 from trilemma.report.html import report_html
-from trilemma.report.poisoning import WITHSTOOD
+from trilemma.report.poisoning import WITHSTOOD, _withstood
 from trilemma.study.assemble import assemble
 from trilemma.study.store import Store
 
@@ -91,6 +93,26 @@ def test_a_malformed_client_is_the_same_as_none_of_it_under_the_mean(study):
     assert left_out["mean, malformed (nan) by 1 client"] == [{"client 3": "holds numbers that are not finite"}] * 2
     assert left_out["mean"] == [None, None]
     assert {run.labels["aggregation"] for run in results.runs} == {"mean", "median", "FLTrust 20 validation images"}
+
+
+def test_nothing_is_said_to_be_withstood_without_a_baseline_or_while_a_backdoor_works(study):
+    _, results = study
+    rows = configuration_rows(results)
+    by = headline(rows)
+    clean = next(row for row in rows if row.configuration == "mean" and row.compression == "fp32")
+    planted = next(row for row in rows if "backdoor" in row.configuration and row.compression == "fp32")
+    (name,) = planted.triggered
+    assert _withstood(clean, rows, by) and not _withstood(clean, [clean], by._replace(utility="nothing"))
+    assert not _withstood(planted, [row for row in rows if row.kind("threat") != "none"], by)
+
+    def with_rate(value):
+        rate = replace(planted.backdoor(name, "attack_success_rate"), value=value)
+        useful = {**planted.clean, by.utility: clean.metric(by.utility)}
+        return replace(planted, clean=useful, triggered={name: {"attack_success_rate": rate}})
+
+    assert _withstood(with_rate(0.1), rows, by)
+    assert not _withstood(with_rate(0.9), rows, by)
+    assert not _withstood(replace(with_rate(0.1), triggered={}), rows, by)
 
 
 def test_the_worst_honest_hospital_stands_beside_the_worst(study):

@@ -19,13 +19,23 @@ def why_malformed(result: LocalResult, state: TrainingState) -> str:
     for sent, expected in ((result.update_P, state.params_P), (result.buffers_Q, state.buffers_Q)):
         if sent.shape != expected.shape:
             return f"has the shape {tuple(sent.shape)} and not {tuple(expected.shape)}"
+        if sent.dtype != expected.dtype:
+            return f"holds numbers of the type {str(sent.dtype).removeprefix('torch.')}"
         if not bool(sent.isfinite().all()):
             return "holds numbers that are not finite"
     return ""
 
 
-def why_too_long(result: LocalResult, state: TrainingState) -> str:
-    """Returns why a well-formed update can come from no training, or "" where it can."""
+def why_too_long(result: LocalResult, state: TrainingState, variances_Q: Tensor) -> str:
+    """Returns why a well-formed update can come from no training, or "" where it can.
+
+    Args:
+        result: What a client sent.
+        state: Before the round.
+        variances_Q: Which of the statistics are variances.
+    """
+    if bool((result.buffers_Q[variances_Q] < 0).any()):
+        return "holds a negative variance"
     if is_too_long(result.update_P, state):
         return f"is {_length(result.update_P):.3g} long, and the model's parameters are {_length(state.params_P):.3g}"
     if _length(result.buffers_Q) > PLAUSIBLE_BUFFERS * max(1.0, _length(state.buffers_Q)):

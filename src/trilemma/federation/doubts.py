@@ -1,8 +1,13 @@
-"""What a rule of aggregation cannot do for a training, although nothing forbids the two together."""
+"""What a rule of aggregation, or a threat, cannot do in a training, although nothing forbids it."""
 
+from trilemma.attacks.poisoning.on_updates import Alie
+from trilemma.attacks.poisoning.updates import alie_z
 from trilemma.federation.aggregation.rule_spec import NearestNeighbourMixing
 from trilemma.federation.specs import FedAvg, TrainSpec
 from trilemma.privacy.specs import DpSgd
+
+#: Rules in which a weight is more than a share of a mean.
+_WEIGHED = ("geometric_median", "norm_clipping", "centred_clipping", "robust_learning_rate")
 
 
 def doubts_about_rule(spec: TrainSpec) -> list[str]:
@@ -19,7 +24,28 @@ def doubts_about_rule(spec: TrainSpec) -> list[str]:
             f"local noise makes honest updates differ from each other, and attackers hide among them: {rule.label} may "
             "take noise for attacks and attacks for noise"
         )
+    if spec.algorithm.weights == "records" and rule.kind in _WEIGHED:
+        found.append(
+            f"{rule.label} weighs updates by what hospitals say that they hold (algorithm.weights = 'records'), and "
+            "who says more weighs more: use 'equal'"
+        )
+    if rule.kind == "foolsgold" and len(spec.threat.malicious(spec.partition.num_clients)) == 1:
+        found.append(f"{rule.label} looks for several attackers with one aim, and the threat has one")
     return found + _too_many(spec)
+
+
+def doubts_about_threat(spec: TrainSpec) -> list[str]:
+    """Returns a sentence for each reason why a threat may do nothing."""
+    threat, num_clients = spec.threat, spec.partition.num_clients
+    if isinstance(threat, Alie) and threat.z is None:
+        present = getattr(spec.algorithm, "clients_per_round", None) or num_clients
+        num_malicious = len(threat.malicious(num_clients))
+        if alie_z(present, min(num_malicious, present)) == 0:
+            return [
+                f"{threat.label} sends the mean itself: of {present} clients so few attackers may lie no farther out; "
+                "give it a z"
+            ]
+    return []
 
 
 def _too_many(spec: TrainSpec) -> list[str]:
@@ -31,8 +57,8 @@ def _too_many(spec: TrainSpec) -> list[str]:
     made_for = {rule.label: rule.attackers or (num_rows - 1) // 2}
     if rule.kind == "robust_learning_rate":
         made_for = {rule.label: rule.threshold - 1}  # pyright: ignore[reportAttributeAccessIssue] - its kind says so
-    if rule.kind in ("mean", "norm_clipping", "centred_clipping", "foolsgold"):
-        made_for = {}  # which shorten, or look for several of one aim
+    if rule.kind in ("mean", "norm_clipping", "centred_clipping", "fltrust", "foolsgold"):
+        made_for = {}  # which shorten, have images of their own, or look for several of one aim
     if isinstance(rule.before, NearestNeighbourMixing):
         made_for[rule.before.label] = rule.before.num_byzantine
     return [

@@ -1,14 +1,18 @@
 """The stage of a round at which malicious clients replace what they would have sent."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from trilemma.attacks.poisoning.scene import Scene
+from trilemma.federation.admission import is_too_long, why_malformed
 from trilemma.federation.aggregation.rule import Received
 from trilemma.federation.aggregation.updates import Updates
 from trilemma.federation.clients import Client
 from trilemma.federation.local_training import LocalResult
-from trilemma.federation.server import Federation, rule_of
+from trilemma.federation.server import Federation, rule_of, why_too_few
+from trilemma.federation.specs import ServerSgd, TrainSpec
 from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.randomness import generator
 
@@ -54,31 +58,50 @@ def _scene(
     state: TrainingState,
     root_P: Tensor | None,
 ) -> Scene:
-    spec, honest = federation.spec, [client for client in chosen if not client.malicious]
-    positions = {client.name: position for position, client in enumerate(federation.clients)}
+    honest = [client for client in chosen if not client.malicious and _is_let_in(results[client.name], state)]
     own_MP = torch.stack([results[client.name].update_P for client in malicious])
     honest_rows = [results[client.name].update_P for client in honest]
-    ordered = honest + malicious
-    weights_K = torch.tensor([client.weight for client in ordered], device=own_MP.device)
-
-    def aggregate(rows_KP: Tensor) -> Tensor:
-        """Returns what the server would make of rows; of other numbers than clients, with equal weights."""
-        if federation.plan is not None:
-            clip = state.clips.get(EVERYBODY)
-            return federation.plan.update_sum(rows_KP, federation.classifier, clip)[0] / federation.plan.denominator
-        known = len(rows_KP) == len(ordered)
-        weights = weights_K if known else torch.ones(len(rows_KP), device=own_MP.device)
-        senders = tuple(positions[client.name] for client in ordered) if known else tuple(range(len(rows_KP)))
-        draws = generator(spec.seed, "threat", "rehearsal", state.round)
-        received = Received(Updates(rows_KP), weights / weights.sum(), senders, draws, root_P)
-        return rule_of(spec).make().apply(received, state.memory)[0]
-
+    positions = {client.name: position for position, client in enumerate(federation.clients)}
+    weight = sum(client.weight for client in malicious) / sum(client.weight for client in [*honest, *malicious])
     return Scene(
         own_MP,
         torch.stack(honest_rows) if honest_rows else own_MP[:0],
-        float(sum(client.weight for client in malicious) / sum(client.weight for client in chosen)),
+        weight * _server_learning_rate(federation.spec),
         tuple(positions[client.name] for client in malicious),
-        aggregate,
-        generator(spec.seed, "threat", "updates", state.round),
+        partial(_rehearsed, federation, [*honest, *malicious], state, root_P),
+        generator(federation.spec.seed, "threat", "updates", state.round),
         state.plot,
     )
+
+
+def _rehearsed(
+    federation: Federation, senders: list[Client], state: TrainingState, root_P: Tensor | None, rows_KP: Tensor
+) -> Tensor:
+    """Returns what the server would make of one row of each sender, but for its noise; zero where it would refuse."""
+    spec, nothing_P = federation.spec, torch.zeros_like(rows_KP[0])
+    if federation.plan is not None:
+        clip = state.clips.get(EVERYBODY)
+        return federation.plan.update_sum(rows_KP, federation.classifier, clip)[0] / federation.plan.denominator
+    let_in = [row for row in range(len(rows_KP)) if not is_too_long(rows_KP[row], state)]
+    if not let_in or why_too_few(spec, len(let_in)):
+        return nothing_P
+    weights_K = torch.tensor([senders[row].weight for row in let_in], device=rows_KP.device)
+    numbers = {client.name: position for position, client in enumerate(federation.clients)}
+    received = Received(
+        Updates(rows_KP[let_in]),
+        weights_K / weights_K.sum(),
+        tuple(numbers[senders[row].name] for row in let_in),
+        generator(spec.seed, "threat", "rehearsal", state.round),
+        root_P,
+    )
+    update_P = rule_of(spec).make().apply(received, state.memory)[0]
+    return update_P if bool(update_P.isfinite().all()) else nothing_P
+
+
+def _is_let_in(result: LocalResult, state: TrainingState) -> bool:
+    return not why_malformed(result, state) and not is_too_long(result.update_P, state)
+
+
+def _server_learning_rate(spec: TrainSpec) -> float:
+    """Returns by what the server multiplies the mean; an adaptive one has no such number, and 1 stands for it."""
+    return spec.server.learning_rate if isinstance(spec.server, ServerSgd) else 1.0

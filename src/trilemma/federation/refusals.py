@@ -41,6 +41,11 @@ def why_no_root(spec: "TrainSpec") -> str:
             "aggregation 'fltrust' trains on the validation images, which are private, and what that tells of them is "
             "not accounted for; under DP name public images, data = { kind = ... }"
         )
+    if spec.early_stopping is not None and spec.early_stopping.split == "val":
+        return (
+            "aggregation 'fltrust' trains on the validation images by which early_stopping.split 'val' chooses the "
+            "model; name other images, data = { kind = ... }"
+        )
     if spec.data.evaluate_on == "val":
         return (
             "aggregation 'fltrust' trains on the validation images that data.evaluate_on = 'val' measures on; name "
@@ -59,15 +64,36 @@ def why_no_such_threat(spec: "TrainSpec") -> str:
         )
     if threat.kind == "inflated_count" and not (federated and getattr(spec.algorithm, "weights", "") == "records"):
         return "threat 'inflated_count' needs algorithm.weights = 'records': other weights do not ask for counts"
-    if not isinstance(spec.privacy, DpSgd) or not threat.sees_others:
+    if threat.when is not None and threat.when.first > spec.rounds:
+        return (
+            f"threat.when.first {threat.when.first} lies after the last of {spec.rounds} rounds: nobody would ever act"
+        )
+    if not isinstance(spec.privacy, DpSgd) or spec.privacy.trust == "local":
         return ""
-    if spec.privacy.trust == "local":
+    return _why_no_noise(spec, spec.privacy) or _why_not_to_be_seen(spec, spec.privacy)
+
+
+def _why_no_noise(spec: "TrainSpec", privacy: DpSgd) -> str:
+    """Returns why the noise of a secure sum would not be whole: who sends something else leaves out its share."""
+    threat, present = spec.threat, getattr(spec.algorithm, "clients_per_round", None) or spec.partition.num_clients
+    num_malicious = min(len(threat.malicious(spec.partition.num_clients)), present)
+    if privacy.trust != "distributed" or not threat.on_updates or privacy.num_colluding >= num_malicious:
         return ""
-    hidden = "a secure sum" if spec.privacy.trust == "distributed" else "a server that adds the noise"
     return (
-        f"threat '{threat.kind}' knows what the honest hospitals send, and under trust '{spec.privacy.trust}' {hidden} "
-        "shows single updates to nobody else: what it sent would break the guarantee; use knows = 'own', or another "
-        "threat"
+        f"threat '{threat.kind}' replaces what {num_malicious} hospitals send, and with it their shares of the noise; "
+        f"set privacy.num_colluding = {num_malicious} or more, so that the others' shares are enough"
+    )
+
+
+def _why_not_to_be_seen(spec: "TrainSpec", privacy: DpSgd) -> str:
+    threat = spec.threat
+    if not threat.sees_others:
+        return ""
+    hidden = "a secure sum" if privacy.trust == "distributed" else "a server that adds the noise"
+    return (
+        f"threat '{threat.kind}' knows what the honest hospitals send, and under trust '{privacy.trust}' {hidden} "
+        "shows single updates to nobody else: what it sent would break the guarantee; use another threat, "
+        "or knows = 'own' where it has that"
     )
 
 

@@ -1,7 +1,5 @@
 """The server's own images and the update that it makes on them, for a rule that trusts no hospital more than itself."""
 
-from dataclasses import replace
-
 import numpy as np
 from torch import Tensor
 
@@ -56,8 +54,19 @@ def root_images(spec: TrainSpec, dataset: Dataset, public: Dataset | None) -> Re
     return records.subset(np.sort(drawn))
 
 
-def root_update(spec: TrainSpec, root: Records | None, classifier: Classifier, state: TrainingState) -> Tensor | None:
+def root_update(
+    spec: TrainSpec, root: Records | None, classifier: Classifier, state: TrainingState, num_steps: int
+) -> Tensor | None:
     """Returns the server's own update in a round, made as a client makes one; None where the rule needs none.
+
+    References: Cao et al. (2021), Algorithm 2: as many steps as the clients make.
+
+    Args:
+        spec: The training.
+        root: The server's images.
+        classifier: The workspace.
+        state: Before the round.
+        num_steps: Of the clients' training.
 
     Raises:
         ValueError: If the rule needs images and has none.
@@ -66,8 +75,7 @@ def root_update(spec: TrainSpec, root: Records | None, classifier: Classifier, s
         return None
     if root is None:
         raise ValueError("a rule with a root set needs its images: prepare(spec, dataset, device, root=...)")
-    client = Client("the server", SERVER, (Shard(SERVER, False, root),), None, 0, 1.0)
-    client = replace(client, steps=spec.local.steps_per_round(client.num_units))
+    client = Client("the server", SERVER, (Shard(SERVER, False, root),), None, num_steps, 1.0)
     load_model(classifier, state.params_P, state.buffers_Q)
     public = spec.model_copy(update={"privacy": NoPrivacy()})
     return local_train(public, client, classifier, root, state.round).update_P

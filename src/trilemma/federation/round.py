@@ -31,7 +31,8 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     started, spec = time.perf_counter(), federation.spec
     chosen = who_takes_part(federation, state.round)
     results = {client.name: _train(federation, client, state) for client in chosen}
-    root_P = root_update(spec, federation.root, federation.classifier, state)
+    num_steps = max((client.steps for client in chosen), default=1)
+    root_P = root_update(spec, federation.root, federation.classifier, state, num_steps)
     results, plot = forged(federation, chosen, results, state, root_P)
     aggregated = aggregate(federation, chosen, results, state, root_P)
     params_P, server = state.params_P, state.server

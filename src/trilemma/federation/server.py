@@ -22,6 +22,7 @@ from trilemma.federation.specs import FedAvg, TrainSpec
 from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.federation.streams import private_generator
 from trilemma.models.classifier import Classifier
+from trilemma.models.vector import variances
 from trilemma.privacy.plan import PrivacyPlan
 from trilemma.privacy.specs import DpSgd
 from trilemma.randomness import generator
@@ -91,17 +92,20 @@ def aggregate(
         root_P: The server's own update, where the rule asks for one.
     """
     spec = federation.spec
-    distributed = isinstance(spec.privacy, DpSgd) and spec.privacy.trust == "distributed"
+    distributed, hidden = isinstance(spec.privacy, DpSgd) and spec.privacy.trust == "distributed", ""
     left_out = {name: why for name, result in results.items() if (why := _why_left_out(federation, result, state))}
     sound = [client for client in chosen if client.name not in left_out]
     if federation.plan is not None:
         return _noised_by_server(federation, federation.plan, sound, results, state)
     if distributed and left_out:
-        sound = []  # of a secure sum no part can be left out, and the others' shares alone are too little noise
+        # Of a secure sum no part can be left out, the others' shares alone are too little noise, and whose it was stays
+        # hidden.
+        hidden = f"the secure sum {next(iter(left_out.values()))}; who sent that, it does not show"
+        sound, left_out = [], {}
     clips = _moved_together(chosen, results, state) if distributed and sound else dict(state.clips)
     clips |= {c.name: clip for c in chosen if not distributed and (clip := results[c.name].clip) is not None}
     nothing = Aggregated(None, state.buffers_Q, clips, [], state.memory, "", left_out)
-    refused = why_too_few(spec, len(sound)) if sound else ""
+    refused = why_too_few(spec, len(sound)) if sound else hidden
     if not sound or refused:
         return nothing._replace(refused=refused)
     received = _received(federation, sound, results, state)._replace(root_P=root_P)
@@ -120,8 +124,11 @@ def _why_left_out(federation: Federation, result: LocalResult, state: TrainingSt
     privacy = federation.spec.privacy
     if isinstance(privacy, DpSgd) and privacy.trust == "distributed":
         return why_malformed(result, state)  # a secure sum shows that something is no number, and nothing of its parts
-    clipped = federation.plan is not None  # to a length, whatever it was
-    return why_malformed(result, state) or ("" if clipped else why_too_long(result, state)) or why_old(result, state)
+    if federation.plan is not None:
+        # Each is clipped to a length, whatever it was; and none may count for less because of what others sent.
+        return why_malformed(result, state)
+    variances_Q = variances(federation.classifier).to(result.update_P.device)
+    return why_malformed(result, state) or why_too_long(result, state, variances_Q) or why_old(result, state)
 
 
 def _received(

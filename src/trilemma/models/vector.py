@@ -37,6 +37,13 @@ def set_buffers(module: nn.Module, buffers_Q: Tensor) -> None:
     _unflatten(_floating_buffers(module), buffers_Q, "buffer elements")
 
 
+def variances(module: nn.Module) -> Tensor:
+    """Returns which elements of `get_buffers` are running variances, bool (Q,)."""
+    named = [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+    marks = [torch.full((buffer.numel(),), name.endswith("running_var")) for name, buffer in named]
+    return torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)
+
+
 def num_params(module: nn.Module) -> int:
     """Returns the number of trainable parameters."""
     return sum(parameter.numel() for parameter in _trainable(module))

@@ -13,6 +13,8 @@ from trilemma.results import Results, Run
 
 #: Of what an untouched training reaches, a rule may lose so much and still count as having withstood a threat.
 WITHSTOOD = 0.02
+#: A backdoor whose trigger succeeds more often has not been withstood.
+SUCCEEDS = 0.15
 
 _EFFECTS = {
     "attack_success_rate": "attack success",
@@ -75,7 +77,8 @@ def threats_caption(by: Headline) -> str:
     """Returns what the table of threats and rules shows."""
     return (
         f"{numbers.metric_title(by.utility)} that each rule of aggregation keeps under each threat. ✓ marks a value at "
-        f"most {numbers.metric_difference(by.utility, WITHSTOOD)} below the mean without a threat."
+        f"most {numbers.metric_difference(by.utility, WITHSTOOD)} below the mean without a threat; a "
+        f"backdoor must also succeed on no more than {numbers.percent(SUCCEEDS, 0)} of the images."
     )
 
 
@@ -130,7 +133,7 @@ def backdoor_sentences(rows: Sequence[Row]) -> list[str]:
     """Returns for each model in which a backdoor was planted how often its trigger succeeds."""
     said = []
     for row in (row for row in rows if row.kind("threat") == "backdoor"):
-        for name in row.triggered:
+        for name in _own_triggers(row):
             success = row.backdoor(name, "attack_success_rate")
             if success.value is not None:
                 rate = numbers.metric_estimate("accuracy", success)
@@ -178,18 +181,31 @@ def _kept_cell(row: Row | None, rows: Sequence[Row], by: Headline, notes: Notes)
 
 
 def _withstood(row: Row, rows: Sequence[Row], by: Headline) -> bool:
-    """Returns whether a configuration is nearly as useful as the mean without a threat."""
-    gap = difference(row.metric(by.utility), _untouched(row, rows).metric(by.utility))
+    """Returns whether a configuration is nearly as useful as the mean without a threat, and has no working backdoor.
+
+    Of a backdoor accuracy tells nothing: without a measurement of its own trigger nothing is said to be withstood.
+    """
+    untouched = _untouched(row, rows)
+    gap = difference(row.metric(by.utility), untouched.metric(by.utility)) if untouched is not None else None
+    if row.kind("threat") == "backdoor":
+        rates = [row.backdoor(name, "attack_success_rate").value for name in _own_triggers(row)]
+        if not rates or any(rate is None or rate > SUCCEEDS for rate in rates):
+            return False
     return gap is not None and gap.value >= -WITHSTOOD
 
 
-def _untouched(row: Row, rows: Sequence[Row]) -> Row:
-    """Returns the configuration with the mean and without a threat; the row itself where the study has none."""
+def _own_triggers(row: Row) -> list[str]:
+    """Returns the measured triggers of a row that are the planted one; both are called alike."""
+    return [name for name in row.triggered if name in _threat(row)]
+
+
+def _untouched(row: Row, rows: Sequence[Row]) -> Row | None:
+    """Returns the configuration with the mean and without a threat, or None where the study has none."""
     mean = [r for r in rows if r.kind("threat") == "none" and r.kind("aggregation") == "mean"]
     for other in mean:
         if other.compression == row.compression and _same_but_threat(other, row):
             return other
-    return row
+    return None
 
 
 def _same_but_threat(one: Row, other: Row) -> bool:

@@ -12,7 +12,7 @@ from trilemma.evaluation.flags import withheld
 from trilemma.evaluation.measurement import Measurement, on_split
 from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
 from trilemma.evaluation.strength import strength
-from trilemma.federation.doubts import doubts_about_rule
+from trilemma.federation.doubts import doubts_about_rule, doubts_about_threat
 from trilemma.federation.early_stopping import best_round
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 from trilemma.study.combine import diagnostics_key, key_of, pair_keys, why_undefined
@@ -88,7 +88,7 @@ def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
         num_parameters=row.num_parameters,
         chosen_round=best_round(training.spec, row.history),
         labels=_labels(training),
-        doubts=tuple(doubts_about_rule(training.spec)),
+        doubts=(*doubts_about_rule(training.spec), *doubts_about_threat(training.spec)),
     )
 
 

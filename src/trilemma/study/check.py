@@ -7,10 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trilemma.attacks.poisoning.on_records import Backdoor as PlantedBackdoor
 from trilemma.data.records import Dataset, Partition
 from trilemma.data.roots import DataRoots
 from trilemma.data.summary import client_rows
-from trilemma.federation.doubts import doubts_about_rule
+from trilemma.evaluation.specs import Backdoor
+from trilemma.federation.doubts import doubts_about_rule, doubts_about_threat
 from trilemma.study.combine import key_of, undefined_evaluations, why_undefined
 from trilemma.study.facts import facts_key, prepare_all, public_data
 from trilemma.study.ledgers import check_books, unpromised_phrases
@@ -57,6 +59,7 @@ def check_study(
     title = "Charged, and yet not promised" if books else "Nothing is promised for"
     _print_phrases(f"\n{title}:", unpromised_phrases(plan, place), console)
     _print_phrases("\nRules of aggregation that may withstand less than they say:", _rule_doubts(plan), console)
+    _print_phrases("\nThreats that may do nothing, or whose doing is not measured:", _threat_doubts(plan), console)
     _print_phrases("\nNo guarantee can be given for:", list(dict.fromkeys(without_guarantee(plan))), console)
 
 
@@ -64,6 +67,19 @@ def _rule_doubts(plan: Plan) -> list[str]:
     each = [
         (training.configuration, doubt) for training in plan.trainings for doubt in doubts_about_rule(training.spec)
     ]
+    return [f"{configuration}: {doubt}" for configuration, doubt in dict.fromkeys(each)]
+
+
+def _threat_doubts(plan: Plan) -> list[str]:
+    looked_for = [spec for spec in plan.evaluations if isinstance(spec, Backdoor)]
+    each = []
+    for training in plan.trainings:
+        threat = training.spec.threat
+        each += [(training.configuration, doubt) for doubt in doubts_about_threat(training.spec)]
+        if isinstance(threat, PlantedBackdoor) and not any(
+            (spec.trigger, spec.target) == (threat.trigger, threat.target) for spec in looked_for
+        ):
+            each.append((training.configuration, "no evaluation of the kind 'backdoor' has its trigger and its target"))
     return [f"{configuration}: {doubt}" for configuration, doubt in dict.fromkeys(each)]
 
 

@@ -60,9 +60,9 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
     )
     for data, public, looked_at in uses:
         refuse_unfit(place.dataset(data), public.load(place.roots), looked_at)
-    rooted = {(t.spec.data, rule.data): t.spec for t in plan.trainings if (rule := root_spec(t.spec)) and rule.data}
-    for (data, public), spec in rooted.items():
-        root_images(spec, place.dataset(data), public.load(place.roots))
+    rooted = {(t.spec.data, rule): t.spec for t in plan.trainings if (rule := root_spec(t.spec)) and rule.data}
+    for (data, rule), spec in rooted.items():
+        root_images(spec, place.dataset(data), rule.data.load(place.roots) if rule.data else None)
 
 
 def _evaluated_attacks(plan: Plan) -> list[Attack]:

@@ -173,7 +173,10 @@ class Backdoor(Threat):
             ValueError: Naming the class or the size.
         """
         super().check(num_classes, image_size)
-        self.trigger.mark(image_size)
+        num_pixels = int((self.trigger.mark(image_size).cover_HW > 0).sum())
+        num_parts = self.num_malicious or len(self.clients or ())
+        if self.distributed and num_parts > num_pixels:
+            raise ValueError(f"a trigger of {num_pixels} pixels cannot be divided among {num_parts} clients")
 
     def poison(
         self,

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from trilemma.attacks.poisoning.adaptive import adaptive
@@ -109,6 +109,11 @@ class Alie(Threat):
     knows: Knows = "honest"
     z: float | None = Field(default=None, gt=0)
 
+    @model_validator(mode="after")
+    def _has_a_spread(self) -> "Alie":
+        _refuse_lone(self, self.knows)
+        return self
+
     @property
     def name(self) -> str:
         """Returns the threat and its numbers."""
@@ -162,6 +167,11 @@ class MinMax(Threat):
     knows: Knows = "honest"
     direction: Direction = "unit"
 
+    @model_validator(mode="after")
+    def _has_a_spread(self) -> "MinMax":
+        _refuse_lone(self, self.knows)
+        return self
+
     @property
     def name(self) -> str:
         """Returns the threat and its numbers."""
@@ -187,6 +197,11 @@ class MinSum(Threat):
     kind: Literal["min_sum"] = "min_sum"
     knows: Knows = "honest"
     direction: Direction = "unit"
+
+    @model_validator(mode="after")
+    def _has_a_spread(self) -> "MinSum":
+        _refuse_lone(self, self.knows)
+        return self
 
     @property
     def name(self) -> str:
@@ -247,7 +262,8 @@ class Adaptive(Threat):
 
     def forge(self, scene: Scene) -> tuple[Sent, Memory]:
         """Returns what they send, and what they remember."""
-        return _all_send(adaptive(_known(scene, self.knows), scene.aggregate, len(scene.own_MP)), scene)
+        known_NP, num_honest = _known(scene, self.knows), len(scene.honest_NP)
+        return _all_send(adaptive(known_NP, scene.aggregate, num_honest, len(scene.own_MP)), scene)
 
 
 class Malformed(Threat):
@@ -271,6 +287,13 @@ class Malformed(Threat):
     def forge(self, scene: Scene) -> tuple[Sent, Memory]:
         """Returns what they send, and what they remember."""
         return malformed(scene, self.flaw)
+
+
+def _refuse_lone(threat: Threat, knows: Knows) -> None:
+    """Raises ValueError where a spread must be estimated from one update."""
+    lone = threat.num_malicious == 1 or (threat.clients is not None and len(threat.clients) == 1)
+    if knows == "own" and lone:
+        raise ValueError("knows = 'own' needs two malicious clients: one update has no spread; use knows = 'honest'")
 
 
 def _known(scene: Scene, knows: Knows) -> Tensor:

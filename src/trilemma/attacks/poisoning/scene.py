@@ -18,11 +18,13 @@ class Scene(NamedTuple):
 
     Attributes:
         own_MP: What their own training made, poisoned where their records are; one row for each that takes part.
-        honest_NP: What the honest clients of the round send; a threat that does not see others leaves it alone.
-        share: Of the mean's weight that is theirs, above 0 and at most 1.
+        honest_NP: What the honest clients of the round send, as far as the server will let it in; a threat that does
+            not see others looks at its length alone.
+        share: By how much the model moves along what they all send: their share of the mean, times the server's
+            learning rate.
         senders: Their positions in the federation.
-        aggregate: What the server makes of rows, the malicious ones last: updates_KP -> update_P, as it would in this
-            round, but for its random draws and its noise.
+        aggregate: What the server makes of one row for each honest and then each malicious client: updates_KP ->
+            update_P, as it would in this round, but for its random draws and its noise.
         draws: Source of their randomness.
         memory: What they remember; empty at first.
     """

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from trilemma.federation.aggregation.updates import Updates
 
+#: An update below this share of the server's own length is trusted by nobody.
+SHORTEST = 1e-9
+
 
 def norm_clipping(updates: Updates, weights_N: Tensor, bound: float) -> Tensor:
     """Returns the weighted mean of the rows, each shortened to a length.
@@ -57,7 +60,13 @@ def fltrust(updates: Updates, root_P: Tensor) -> Tensor:
     length = float(torch.linalg.vector_norm(root_P.double()))
     norms_K, dots_K = updates.norms(), updates.dots(root_P)
     scale_K = torch.where(norms_K > 0, length / norms_K, 0.0)
-    trust_K = torch.where(norms_K * length > 0, dots_K / (norms_K * length), 0.0).nan_to_num(nan=0.0).clamp(0.0, 1.0)
+    told_K = norms_K > SHORTEST * length  # of a shorter one nothing but rounding would be left at that length
+    scale_K = torch.where(told_K, scale_K, 0.0)
+    trust_K = (
+        torch.where(told_K & (norms_K * length > 0), dots_K / (norms_K * length), 0.0)
+        .nan_to_num(nan=0.0)
+        .clamp(0.0, 1.0)
+    )
     total = float(trust_K.sum())
     return updates.combined(trust_K * scale_K / total if total > 0 else torch.zeros_like(trust_K))
 
