@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from scipy.optimize import linprog, minimize
+from scipy.optimize import brentq, linprog
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -76,21 +76,17 @@ def plane_step_one(x: Tensor, normal: Tensor, gap: float, norm: str) -> Tensor:
             b_eq=[-gap],
             bounds=[(-p, 1.0 - p) for p in flat] + [(0.0, None)],
         )
+        assert solved.success, solved.message
         largest = solved.x[-1]
         # Only the largest entry is unique: of all solutions take the one that moves every pixel as far as it may.
         delta = np.sign(up) * np.minimum(largest, np.abs(corner))
     else:
-        solved = minimize(
-            lambda d: d @ d,
-            corner * abs(gap) / abs(w @ corner),
-            jac=lambda d: 2 * d,
-            bounds=[(-p, 1.0 - p) for p in flat],
-            constraints=[{"type": "eq", "fun": lambda d: gap + w @ d, "jac": lambda d: w}],
-            method="SLSQP",
-            options={"ftol": 1e-15, "maxiter": 1000},
-        )
-        delta = solved.x
-    assert solved.success, solved.message
+        # Of all deltas on the plane the shortest is that of a multiplier, cut off at the range (the KKT conditions).
+        def shortest(multiplier: float) -> np.ndarray:
+            return np.clip(multiplier * up, -flat, 1.0 - flat)
+
+        beyond = 1.0 + (np.abs(corner) / np.abs(up)).max()
+        delta = shortest(brentq(lambda m: abs(w @ shortest(m)) - abs(gap), 0.0, beyond, xtol=1e-15, rtol=1e-14))
     return torch.from_numpy(delta).view_as(x)
 
 

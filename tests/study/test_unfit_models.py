@@ -18,8 +18,9 @@ from trilemma.study.keys import evaluation_key
 from trilemma.study.store import Refused, Store
 from trilemma.study.workplace import Workplace
 
-#: The first model's weights are so large that its answers overflow.
+#: The first model's weights are so large that its answers overflow; a federation's server would not let them in.
 TWO = f"""{SMALLEST.replace('"resnet9"', '"resnet9", norm = "none"')}
+base.algorithm = {{ kind = "centralised" }}
 [[grid.training]]
 name = "bad"
 local = {{ batch_size = 8, steps = 1, learning_rate = 1e6 }}

@@ -110,7 +110,8 @@ def aggregate(
         return nothing._replace(refused=refused)
     received = _received(federation, sound, results, state)._replace(root_P=root_P)
     update_P, memory = rule_of(spec).make().apply(received, state.memory)
-    if not bool(update_P.isfinite().all()) or is_too_long(update_P, state):
+    federated = isinstance(spec.algorithm, FedAvg)
+    if not bool(update_P.isfinite().all()) or (federated and is_too_long(update_P, state)):
         refused = f"aggregation '{spec.aggregation.kind}' made of these updates one that is not finite, or too long"
         return nothing._replace(refused=refused)
     buffers_Q = state.buffers_Q
@@ -122,6 +123,8 @@ def aggregate(
 def _why_left_out(federation: Federation, result: LocalResult, state: TrainingState) -> str:
     """Returns why an update may not enter, or ""."""
     privacy = federation.spec.privacy
+    if not isinstance(federation.spec.algorithm, FedAvg):
+        return why_malformed(result, state)  # nobody sends anything to anybody
     if isinstance(privacy, DpSgd) and privacy.trust == "distributed":
         return why_malformed(result, state)  # a secure sum shows that something is no number, and nothing of its parts
     if federation.plan is not None:
