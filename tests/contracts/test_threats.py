@@ -285,6 +285,13 @@ def test_each_malicious_client_of_a_distributed_backdoor_has_its_part():
     assert np.array_equal(np.where(changed[0], halves[0], halves[1]), whole)
 
 
+def test_different_triggers_are_not_called_alike():
+    others = [Patch(corner="top right"), Patch(margin=0), Blended(seed=1), SideMarker(corner="top right")]
+    others += [SideMarker(scale=2), SideMarker(brightness=0.5)]
+    labels = [trigger.label for trigger in [*TRIGGERS, *others]]
+    assert len(set(labels)) == len(labels)
+
+
 def test_a_trigger_that_does_not_fit_is_refused_with_its_size():
     with pytest.raises(ValueError, match="9 x 9 pixels, 1 from the edge, does not fit 8 pixels"):
         Patch(size=9).mark(8)

@@ -141,7 +141,6 @@ def test_updates_that_are_left_out_stand_in_the_history(monkeypatch):
     for row in history[1:]:
         assert row["left_out"] == {"client 3": "is an earlier update again"} and row["dropped"] == ["client 3"]
     json.dumps(history, allow_nan=False)
-    assert federated_round.digest is digest
 
 
 @pytest.mark.parametrize("flaw", ["nan", "infinity", "shape", "huge"])

@@ -196,7 +196,7 @@ def _withstood(row: Row, rows: Sequence[Row], by: Headline) -> bool:
 
 def _own_triggers(row: Row) -> list[str]:
     """Returns the measured triggers of a row that are the planted one; both are called alike."""
-    return [name for name in row.triggered if name in _threat(row)]
+    return [name for name in row.triggered if f"{name} " in _threat(row)]  # "to class 1" is not "to class 10"
 
 
 def _untouched(row: Row, rows: Sequence[Row]) -> Row | None:

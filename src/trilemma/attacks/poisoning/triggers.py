@@ -46,7 +46,7 @@ class Patch(Spec):
     @property
     def label(self) -> str:
         """Returns the short text for tables."""
-        return f"{self.size}-pixel patch"
+        return f"{self.size}-pixel patch{_unusual(self, 'corner', 'margin')}"
 
     def mark(self, image_size: int) -> Mark:
         """Returns the mark for square images.
@@ -73,7 +73,7 @@ class Blended(Spec):
     @property
     def label(self) -> str:
         """Returns the short text for tables."""
-        return f"blended pattern {100 * self.strength:g} %"
+        return f"blended pattern {100 * self.strength:g} %{_unusual(self, 'seed')}"
 
     def mark(self, image_size: int) -> Mark:
         """Returns the mark for square images."""
@@ -103,7 +103,7 @@ class SideMarker(Spec):
     @property
     def label(self) -> str:
         """Returns the short text for tables."""
-        return f"side marker {self.letter}"
+        return f"side marker {self.letter}{_unusual(self, 'corner', 'scale', 'brightness')}"
 
     def mark(self, image_size: int) -> Mark:
         """Returns the mark for square images.
@@ -141,6 +141,12 @@ class Vignette(Spec):
 
 
 TriggerSpec = Annotated[Patch | Blended | SideMarker | Vignette, Field(discriminator="kind")]
+
+
+def _unusual(trigger: Spec, *fields: str) -> str:
+    """Returns the fields that are not the default, for a label: two different triggers may not be called alike."""
+    defaults = {name: type(trigger).model_fields[name].default for name in fields}
+    return "".join(f" {name} {getattr(trigger, name)}" for name in fields if getattr(trigger, name) != defaults[name])
 
 
 def triggered(images_NCHW: np.ndarray, mark: Mark) -> np.ndarray:
