@@ -10,7 +10,7 @@ import torch
 
 from helpers.tiny_federation import tiny_federation, trained_state
 from trilemma.federation import round as federated_round
-from trilemma.federation.admission import PLAUSIBLE, digest, why_malformed, why_old, why_too_long
+from trilemma.federation.admission import PLAUSIBLE, digest, why_implausible, why_malformed, why_old
 from trilemma.federation.local_training import LocalResult
 from trilemma.federation.server import aggregate
 from trilemma.federation.training import initial_state
@@ -41,7 +41,7 @@ def test_what_is_sound_is_let_in():
 
 
 def too_long(result, state):
-    return why_too_long(result, state, torch.zeros(len(result.buffers_Q), dtype=torch.bool))
+    return why_implausible(result, state, torch.zeros(len(result.buffers_Q), dtype=torch.bool))
 
 
 def test_each_flaw_is_named():
@@ -57,8 +57,8 @@ def test_each_flaw_is_named():
     for dtype in (torch.float64, torch.complex64, torch.int64, torch.bool):
         assert f"of the type {str(dtype)[6:]}" in why_malformed(result_of(update_P.to(dtype)), state)
     mask = torch.tensor([False, True])
-    assert why_too_long(result_of(update_P, torch.tensor([-1.0, 1.0])), state, mask) == ""
-    assert "negative variance" in why_too_long(result_of(update_P, torch.tensor([1.0, -1.0])), state, mask)
+    assert why_implausible(result_of(update_P, torch.tensor([-1.0, 1.0])), state, mask) == ""
+    assert "negative variance" in why_implausible(result_of(update_P, torch.tensor([1.0, -1.0])), state, mask)
     assert "earlier" in why_old(result_of(update_P), replace(state, seen=(digest(update_P),)))
 
 

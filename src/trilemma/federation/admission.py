@@ -26,7 +26,7 @@ def why_malformed(result: LocalResult, state: TrainingState) -> str:
     return ""
 
 
-def why_too_long(result: LocalResult, state: TrainingState, variances_Q: Tensor) -> str:
+def why_implausible(result: LocalResult, state: TrainingState, variances_Q: Tensor) -> str:
     """Returns why a well-formed update can come from no training, or "" where it can.
 
     Args:

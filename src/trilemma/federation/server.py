@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trilemma.data.records import Records
-from trilemma.federation.admission import is_too_long, why_malformed, why_old, why_too_long
+from trilemma.federation.admission import is_too_long, why_implausible, why_malformed, why_old
 from trilemma.federation.aggregation.coordinates import coordinate_median
 from trilemma.federation.aggregation.rule import Memory, Received
 from trilemma.federation.aggregation.rule_spec import Rule
@@ -131,7 +131,7 @@ def _why_left_out(federation: Federation, result: LocalResult, state: TrainingSt
         # Each is clipped to a length, whatever it was; and none may count for less because of what others sent.
         return why_malformed(result, state)
     variances_Q = variances(federation.classifier).to(result.update_P.device)
-    return why_malformed(result, state) or why_too_long(result, state, variances_Q) or why_old(result, state)
+    return why_malformed(result, state) or why_implausible(result, state, variances_Q) or why_old(result, state)
 
 
 def _received(

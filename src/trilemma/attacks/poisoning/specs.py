@@ -24,9 +24,9 @@ class NoThreat(Threat):
     """Every client is honest."""
 
     kind: Literal["none"] = "none"
-    num_malicious: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    clients: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    when: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_malicious: None = None  # pyright: ignore[reportIncompatibleVariableOverride] - it can only be left out here
+    clients: None = None  # pyright: ignore[reportIncompatibleVariableOverride] - it can only be left out here
+    when: None = None  # pyright: ignore[reportIncompatibleVariableOverride] - it can only be left out here
 
     @model_validator(mode="after")
     def _one_choice(self) -> "NoThreat":

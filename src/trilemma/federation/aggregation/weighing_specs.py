@@ -154,7 +154,7 @@ class FoolsGold(Rule):
     """
 
     kind: Literal["foolsgold"] = "foolsgold"
-    before: None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    before: None = None  # pyright: ignore[reportIncompatibleVariableOverride] - it can only be left out here
 
     @property
     def name(self) -> str:
