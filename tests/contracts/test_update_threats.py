@@ -48,6 +48,8 @@ CLEVER = [
     MinMax(**M, direction="std"),
     MinSum(**M),
     MinSum(**M, direction="sign"),
+    MinMax(**M, stretch=3.0),
+    MinSum(**M, stretch=3.0),
     Mimic(**M),
     Adaptive(**M),
     *(kind(**M, knows="own") for kind in (Alie, InnerProduct, MinMax, MinSum, Adaptive)),
@@ -169,15 +171,15 @@ def test_a_little_is_as_far_out_as_enough_honest_clients_are():
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 9999), st.sampled_from(["unit", "std", "sign"]), st.integers(2, 9))
-def test_min_max_and_min_sum_go_as_far_as_they_may_and_no_farther(seed, direction, n):
+@given(st.integers(0, 9999), st.sampled_from(["unit", "std", "sign"]), st.integers(2, 9), st.sampled_from([1, 4]))
+def test_min_max_and_min_sum_go_as_far_as_they_may_and_no_farther(seed, direction, n, stretch):
     known = rows(seed, n)
-    distances = torch.cdist(known.double(), known.double())
-    far = min_max(known, direction).double()
+    distances = stretch * torch.cdist(known.double(), known.double())
+    far = min_max(known, direction, stretch).double()
     assert (far - known).norm(dim=1).max() == pytest.approx(float(distances.max()), rel=1e-4)
     beyond = known.mean(0) + 1.02 * (far - known.mean(0))
     assert (beyond - known).norm(dim=1).max() > distances.max() * (1 - 1e-6)
-    together = min_sum(known, direction).double()
+    together = min_sum(known, direction, stretch).double()
     assert (together - known).square().sum() == pytest.approx(float(distances.square().sum(1).max()), rel=1e-4)
     against = torch.dot((far - known.mean(0)).double(), known.mean(0).double())
     assert direction == "std" or against < 0

@@ -161,11 +161,14 @@ class MinMax(Threat):
         knows: "honest": what the honest clients send in the same round. "own": only what their own training made.
         direction: Along which it leaves the mean: against it at "unit" length, against its "sign", or along the
             standard deviations, "std".
+        stretch: How many times as far from the honest updates as the paper lets it be; None: 1. Among few attackers the
+            paper's own step hardly moves a mean, which needs no hiding from.
     """
 
     kind: Literal["min_max"] = "min_max"
     knows: Knows = "honest"
     direction: Direction = "unit"
+    stretch: float | None = Field(default=None, gt=1)
 
     @model_validator(mode="after")
     def _has_a_spread(self) -> "MinMax":
@@ -175,11 +178,11 @@ class MinMax(Threat):
     @property
     def name(self) -> str:
         """Returns the threat and its numbers."""
-        return f"MinMax {self.direction}{_of_own(self.knows)}"
+        return f"MinMax {self.direction}{_stretched(self.stretch)}{_of_own(self.knows)}"
 
     def forge(self, scene: Scene) -> tuple[Sent, Memory]:
         """Returns what they send, and what they remember."""
-        return _all_send(min_max(_known(scene, self.knows), self.direction), scene)
+        return _all_send(min_max(_known(scene, self.knows), self.direction, self.stretch or 1.0), scene)
 
 
 class MinSum(Threat):
@@ -192,11 +195,14 @@ class MinSum(Threat):
         knows: "honest": what the honest clients send in the same round. "own": only what their own training made.
         direction: Along which it leaves the mean: against it at "unit" length, against its "sign", or along the
             standard deviations, "std".
+        stretch: How many times as far from the honest updates as the paper lets it be; None: 1. Among few attackers the
+            paper's own step hardly moves a mean, which needs no hiding from.
     """
 
     kind: Literal["min_sum"] = "min_sum"
     knows: Knows = "honest"
     direction: Direction = "unit"
+    stretch: float | None = Field(default=None, gt=1)
 
     @model_validator(mode="after")
     def _has_a_spread(self) -> "MinSum":
@@ -206,11 +212,11 @@ class MinSum(Threat):
     @property
     def name(self) -> str:
         """Returns the threat and its numbers."""
-        return f"MinSum {self.direction}{_of_own(self.knows)}"
+        return f"MinSum {self.direction}{_stretched(self.stretch)}{_of_own(self.knows)}"
 
     def forge(self, scene: Scene) -> tuple[Sent, Memory]:
         """Returns what they send, and what they remember."""
-        return _all_send(min_sum(_known(scene, self.knows), self.direction), scene)
+        return _all_send(min_sum(_known(scene, self.knows), self.direction, self.stretch or 1.0), scene)
 
 
 class Mimic(Threat):
@@ -303,6 +309,10 @@ def _known(scene: Scene, knows: Knows) -> Tensor:
 
 def _all_send(sent_P: Tensor, scene: Scene) -> tuple[Sent, Memory]:
     return (sent_P,) * len(scene.own_MP), scene.memory
+
+
+def _stretched(stretch: float | None) -> str:
+    return "" if stretch is None else f" {stretch:g}x"
 
 
 def _of_own(knows: Knows) -> str:

@@ -56,16 +56,21 @@ def inner_product(known_NP: Tensor, scale: float) -> Tensor:
     return -scale * known_NP.mean(0)
 
 
-def min_max(known_NP: Tensor, direction: Direction) -> Tensor:
+def min_max(known_NP: Tensor, direction: Direction, stretch: float = 1.0) -> Tensor:
     """Returns the update farthest along a direction that is no farther from any known one than they are from another.
 
     The largest step has a closed form; the paper halves and doubles.
 
     References: Shejwalkar and Houmansadr (2021), section 4.4.2 (AGR-agnostic Min-Max).
+
+    Args:
+        known_NP: Updates among which it hides.
+        direction: Along which it leaves their mean.
+        stretch: How many times as far from them it may be, at least 1; the paper's is 1.
     """
     mean_P, away_P = known_NP.mean(0), direction_of(known_NP, direction)
     gaps_NP = mean_P - known_NP
-    most = torch.cdist(known_NP.double(), known_NP.double()).max().square()
+    most = (stretch * torch.cdist(known_NP.double(), known_NP.double()).max()).square()
     # |gap_i + step away|^2 <= most for every i.
     along_N, squares_N = (gaps_NP @ away_P).double(), gaps_NP.double().square().sum(1)
     length = away_P.double().square().sum()
@@ -73,16 +78,21 @@ def min_max(known_NP: Tensor, direction: Direction) -> Tensor:
     return mean_P + _finite(steps_N.min()) * away_P
 
 
-def min_sum(known_NP: Tensor, direction: Direction) -> Tensor:
+def min_sum(known_NP: Tensor, direction: Direction, stretch: float = 1.0) -> Tensor:
     """Returns the update farthest along a direction whose squared distances sum to no more than a known one's do.
 
     References: Shejwalkar and Houmansadr (2021), section 4.4.3 (AGR-agnostic Min-Sum).
+
+    Args:
+        known_NP: Updates among which it hides.
+        direction: Along which it leaves their mean.
+        stretch: The root of the sum may be that many times as large, at least 1; the paper's is 1.
     """
     mean_P, away_P = known_NP.mean(0), direction_of(known_NP, direction)
     distances_NN = torch.cdist(known_NP.double(), known_NP.double()).square()
     of_mean = (known_NP - mean_P).double().square().sum()
     # The gaps to the mean sum to zero, so that the sum of squares grows by n |step away|^2 alone.
-    left = (distances_NN.sum(1).max() - of_mean).clamp(min=0)
+    left = (stretch**2 * distances_NN.sum(1).max() - of_mean).clamp(min=0)
     step = (left / (len(known_NP) * away_P.double().square().sum())).sqrt()
     return mean_P + _finite(step) * away_P
 
