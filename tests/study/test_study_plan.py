@@ -15,6 +15,7 @@ from trilemma.federation.specs import TrainSpec
 from trilemma.spec import content_key
 from trilemma.study.combine import combined_key, diagnostics_key, evidence_keys, key_of
 from trilemma.study.keys import evaluation_key
+from trilemma.study.plan import without_guarantee
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "study_keys.json"
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -296,3 +297,13 @@ def test_explicit_hospitals_share_a_name_without_a_clash(tmp_path):
             write_study(tmp_path), 'grid.defence=[{kind="none"}]',
             'baselines=[{algorithm={kind="local_only"}},{name="local only",rounds=9}]',
         )  # fmt: skip
+
+
+def test_a_study_without_privacy_says_so_once_and_others_name_what_has_none(tmp_path):
+    everything = plan_of(write_study(tmp_path))
+    assert without_guarantee(everything) == ["every configuration: training without differential privacy"]
+    private = 'grid.privacy=[{kind="none"},{kind="dp_sgd",noise_multiplier=2.0,delta=1e-3}]'
+    mixed = plan_of(write_study(tmp_path), private)
+    bare = {t.configuration for t in mixed.trainings if t.spec.privacy.kind == "none"}
+    assert 0 < len(bare) < len({t.configuration for t in mixed.trainings})
+    assert {f"{name}: training without differential privacy" for name in bare} <= set(without_guarantee(mixed))

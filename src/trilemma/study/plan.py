@@ -126,8 +126,11 @@ def _diagnostics(evaluations: tuple[EvaluationSpec, ...]) -> list[Diagnostics]:
 
 
 def without_guarantee(plan: Plan) -> list[str]:
-    """Returns for each artefact that can carry no guarantee what it is and why."""
+    """Returns for each artefact that can carry no guarantee what it is and why; one line where it is so for all."""
     reasons = []
+    several = len({cell.training.configuration for cell in plan.cells}) > 1
+    if several and not any(isinstance(cell.training.spec.privacy, DpSgd) for cell in plan.cells):
+        return ["every configuration: training without differential privacy"]
     for cell in plan.cells:
         configuration, compression = cell.training.configuration, cell.compression
         if not isinstance(cell.training.spec.privacy, DpSgd):
