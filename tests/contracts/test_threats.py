@@ -106,6 +106,12 @@ def changeable(threat, labels):
 
 
 @every_threat
+def test_it_knows_which_records_it_may_change(threat):
+    labels = make_records().labels_N
+    assert np.array_equal(threat.may_change(labels), changeable(threat, labels))
+
+
+@every_threat
 @every_dtype
 def test_the_generator_alone_decides(threat, dtype):
     records = make_records(dtype)

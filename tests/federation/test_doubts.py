@@ -5,6 +5,7 @@ from helpers.tiny_study import SMALLEST, plan_of, write_study
 from trilemma.federation.doubts import doubts_about_rule, doubts_about_threat
 from trilemma.study.check import _rule_doubts, _threat_doubts
 
+ONE_STEP = {"steps": 1, "batch_size": 4, "momentum": 0}
 TRIMMED = {"kind": "trimmed_mean", "num_byzantine": 1}
 
 
@@ -75,11 +76,26 @@ def test_a_doubt_is_told_once_with_its_configuration(tmp_path):
     assert phrase.endswith("median may take noise for attacks and attacks for noise") and ": local noise" in phrase
 
 
+def test_a_doubt_about_many_configurations_is_told_once(tmp_path):
+    rules = 'grid.aggregation = [{ kind = "trimmed_mean", num_byzantine = 1 }]\n'
+    text = SMALLEST.replace('"by_site", num_clients = 2', '"iid", num_clients = 5')
+    threats = 'grid.threat = [{ kind = "sign_flip", num_malicious = 2 }, { kind = "scaling", num_malicious = 2 }'
+    third = ', { kind = "gaussian", num_malicious = 2 }]\n'
+    for more, said in (("]\n", " and trimmed mean 1, scaling"), (third, " and 2 other")):
+        (phrase,) = _rule_doubts(plan_of(write_study(tmp_path, text + rules + threats + more)))
+        assert said in phrase and phrase.endswith("trimmed mean 1 is made for 1 attackers, and the threat has 2")
+
+
 def test_a_threat_that_does_nothing_or_is_not_measured_is_named(tmp_path):
     few = {"kind": "alie", "num_malicious": 1}
     (doubt,) = doubts_about_threat(tiny_spec(threat=few))
     assert "sends the mean itself: of 3 clients" in doubt and "give it a z" in doubt
     assert doubts_about_threat(tiny_spec(threat={**few, "z": 1.0})) == []
+    hidden = {**DP, "trust": "distributed", "num_colluding": 1}
+    replayed = {"kind": "malformed", "flaw": "replay", "num_malicious": 1}
+    (doubt,) = doubts_about_threat(tiny_spec(threat=replayed, privacy=hidden, local=ONE_STEP))
+    assert "does not show that a part of it was sent before" in doubt
+    assert doubts_about_threat(tiny_spec(threat=replayed)) == []
     planted = 'base.threat = { kind = "backdoor", num_malicious = 1, target = 1 }\n'
     wanted = '[[evaluations]]\nkind = "backdoor"\ntarget = TARGET\n'
     for evaluations, said in (("", 1), (wanted.replace("TARGET", "0"), 1), (wanted.replace("TARGET", "1"), 0)):

@@ -1,5 +1,8 @@
 """Malicious clients in a real round: who changes what, what they may know, and what survives a kill."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -170,6 +173,18 @@ def test_threats_that_cannot_be_are_refused_with_the_way_out(fields, said):
     fields["threat"]["num_malicious"] = 1
     with pytest.raises(ValidationError, match=said):
         tiny_spec(**fields)
+
+
+@pytest.mark.parametrize(
+    "threat", [{"kind": "label_flip", "source": 2}, {"kind": "backdoor", "target": 2, "clean_label": True}]
+)
+def test_attackers_without_a_record_that_they_could_change_are_refused(threat):
+    dataset = tiny_dataset()
+    labels_N = np.where(dataset.train.labels_N == 2, 0, dataset.train.labels_N)
+    without = replace(dataset, train=replace(dataset.train, labels_N=labels_N))
+    tiny_federation(dataset, threat={**threat, "num_malicious": 1})
+    with pytest.raises(UserError, match="they hold no record that it would change"):
+        tiny_federation(without, threat={**threat, "num_malicious": 1})
 
 
 def test_a_class_that_is_not_there_and_a_trigger_without_room_are_refused_before_training():

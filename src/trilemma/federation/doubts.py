@@ -1,6 +1,6 @@
 """What a rule of aggregation, or a threat, cannot do in a training, although nothing forbids it."""
 
-from trilemma.attacks.poisoning.on_updates import Alie
+from trilemma.attacks.poisoning.on_updates import Alie, Malformed
 from trilemma.attacks.poisoning.updates import alie_z
 from trilemma.federation.aggregation.rule_spec import NearestNeighbourMixing
 from trilemma.federation.specs import FedAvg, TrainSpec
@@ -35,8 +35,11 @@ def doubts_about_rule(spec: TrainSpec) -> list[str]:
 
 
 def doubts_about_threat(spec: TrainSpec) -> list[str]:
-    """Returns a sentence for each reason why a threat may do nothing."""
+    """Returns a sentence for each reason why a threat may do nothing, or do it unseen."""
+    trust = spec.privacy.trust if isinstance(spec.privacy, DpSgd) else None
     threat, num_clients = spec.threat, spec.partition.num_clients
+    if isinstance(threat, Malformed) and threat.flaw == "replay" and trust == "distributed":
+        return [f"{threat.label}: a secure sum does not show that a part of it was sent before, and lets it in"]
     if isinstance(threat, Alie) and threat.z is None:
         present = getattr(spec.algorithm, "clients_per_round", None) or num_clients
         num_malicious = len(threat.malicious(num_clients))

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from trilemma.attacks.poisoning.scene import Scene
 from trilemma.federation.admission import is_too_long, why_malformed
-from trilemma.federation.aggregation.rule import Received
-from trilemma.federation.aggregation.updates import Updates
 from trilemma.federation.clients import Client
 from trilemma.federation.local_training import LocalResult
-from trilemma.federation.server import Federation, rule_of, why_too_few
+from trilemma.federation.server import Federation, received_from, rule_of, why_too_few
 from trilemma.federation.specs import ServerSgd, TrainSpec
 from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.randomness import generator
@@ -85,15 +83,8 @@ def _rehearsed(
     let_in = [row for row in range(len(rows_KP)) if not is_too_long(rows_KP[row], state)]
     if not let_in or why_too_few(spec, len(let_in)):
         return nothing_P
-    weights_K = torch.tensor([senders[row].weight for row in let_in], device=rows_KP.device)
-    numbers = {client.name: position for position, client in enumerate(federation.clients)}
-    received = Received(
-        Updates(rows_KP[let_in]),
-        weights_K / weights_K.sum(),
-        tuple(numbers[senders[row].name] for row in let_in),
-        generator(spec.seed, "threat", "rehearsal", state.round),
-        root_P,
-    )
+    draws = generator(spec.seed, "threat", "rehearsal", state.round)
+    received = received_from(federation, [senders[row] for row in let_in], rows_KP[let_in], draws, root_P)
     update_P = rule_of(spec).make().apply(received, state.memory)[0]
     return update_P if bool(update_P.isfinite().all()) else nothing_P
 

@@ -108,7 +108,8 @@ def aggregate(
     refused = why_too_few(spec, len(sound)) if sound else hidden
     if not sound or refused:
         return nothing._replace(refused=refused)
-    received = _received(federation, sound, results, state)._replace(root_P=root_P)
+    rows_NP = torch.stack([results[client.name].update_P for client in sound])
+    received = received_from(federation, sound, rows_NP, generator(spec.seed, "aggregation", state.round), root_P)
     update_P, memory = rule_of(spec).make().apply(received, state.memory)
     federated = isinstance(spec.algorithm, FedAvg)
     if not bool(update_P.isfinite().all()) or (federated and is_too_long(update_P, state)):
@@ -134,18 +135,22 @@ def _why_left_out(federation: Federation, result: LocalResult, state: TrainingSt
     return why_malformed(result, state) or why_implausible(result, state, variances_Q) or why_old(result, state)
 
 
-def _received(
-    federation: Federation, sound: list[Client], results: dict[str, LocalResult], state: TrainingState
+def received_from(
+    federation: Federation, senders: list[Client], rows_NP: Tensor, draws: torch.Generator, root_P: Tensor | None
 ) -> Received:
-    spec = federation.spec
-    weights_N = torch.tensor([client.weight for client in sound], device=state.params_P.device)
+    """Returns what a rule of aggregation is given.
+
+    Args:
+        federation: The training.
+        senders: Whose updates are the rows.
+        rows_NP: The updates.
+        draws: For rules that draw.
+        root_P: The server's own update, where the rule asks for one.
+    """
+    weights_N = torch.tensor([client.weight for client in senders], device=rows_NP.device)
     positions = {client.name: position for position, client in enumerate(federation.clients)}
-    return Received(
-        Updates(torch.stack([results[client.name].update_P for client in sound])),
-        weights_N / weights_N.sum(),
-        tuple(positions[client.name] for client in sound),
-        generator(spec.seed, "aggregation", state.round),
-    )
+    numbers = tuple(positions[client.name] for client in senders)
+    return Received(Updates(rows_NP), weights_N / weights_N.sum(), numbers, draws, root_P)
 
 
 def _buffers(spec: TrainSpec, weights_N: Tensor, buffers_NQ: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ def prepare(
     refuse_batch_norm_under_dp(spec, classifier)
     partition = spec.partition.make()(dataset, spec.seed)
     clients = make_clients(spec, dataset, partition)
+    refuse_idle_threat(spec, clients)
     refuse_lone_records(spec, clients, classifier)
     plan = server_plan(spec, len(clients))
     own = root_images(spec, dataset, root)
@@ -169,6 +170,21 @@ def refuse_unfit_threat(spec: TrainSpec, dataset: Dataset) -> None:
         spec.threat.check(len(dataset.classes), dataset.image_size)
     except ValueError as error:
         raise UserError("threat", str(error), f"The classes of {dataset.name}: {', '.join(dataset.classes)}") from None
+
+
+def refuse_idle_threat(spec: TrainSpec, clients: Sequence[Client]) -> None:
+    """Refuses a threat whose clients hold no record that it would change: it would do nothing, and nobody would know.
+
+    Raises:
+        UserError: Naming the threat.
+    """
+    malicious = [shard for client in clients for shard in client.shards if shard.malicious]
+    if malicious and not any(spec.threat.may_change(shard.records.labels_N).any() for shard in malicious):
+        raise UserError(
+            "threat",
+            f"{spec.threat.label}: they hold no record that it would change",
+            "Name other clients, or another source or target",
+        )
 
 
 def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:

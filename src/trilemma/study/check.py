@@ -67,7 +67,7 @@ def _rule_doubts(plan: Plan) -> list[str]:
     each = [
         (training.configuration, doubt) for training in plan.trainings for doubt in doubts_about_rule(training.spec)
     ]
-    return [f"{configuration}: {doubt}" for configuration, doubt in dict.fromkeys(each)]
+    return _each_doubt_once(each)
 
 
 def _threat_doubts(plan: Plan) -> list[str]:
@@ -80,7 +80,20 @@ def _threat_doubts(plan: Plan) -> list[str]:
             (spec.trigger, spec.target) == (threat.trigger, threat.target) for spec in looked_for
         ):
             each.append((training.configuration, "no evaluation of the kind 'backdoor' has its trigger and its target"))
-    return [f"{configuration}: {doubt}" for configuration, doubt in dict.fromkeys(each)]
+    return _each_doubt_once(each)
+
+
+def _each_doubt_once(each: list[tuple[str, str]]) -> list[str]:
+    """Returns a line for each doubt: with the configuration that it is about, or with how many and the first."""
+    about: dict[str, dict[str, None]] = {}
+    for configuration, doubt in each:
+        about.setdefault(doubt, {})[configuration] = None
+    lines = []
+    for doubt, configurations in about.items():
+        first, *others = configurations
+        count = f" and {len(others)} other configurations" if len(others) > 1 else f" and {others[0]}" if others else ""
+        lines.append(f"{first}{count}: {doubt}")
+    return lines
 
 
 def _print_phrases(title: str, phrases: list[str], console: Console) -> None:

@@ -54,6 +54,11 @@ class LabelFlip(Threat):
         source = "" if self.source is None else f" of class {self.source}"
         return f"label flip{source}{to} {100 * self.share:g} %{boost_label(self.boost)}"
 
+    def may_change(self, labels_N: np.ndarray) -> np.ndarray:
+        """Returns which are of the source, where there is one, and not of the target."""
+        of_source_N = np.full(len(labels_N), True) if self.source is None else labels_N == self.source
+        return of_source_N if self.target is None else of_source_N & (labels_N != self.target)
+
     def poison(
         self,
         records: Records,
@@ -177,6 +182,10 @@ class Backdoor(Threat):
         num_parts = self.num_malicious or len(self.clients or ())
         if self.distributed and num_parts > num_pixels:
             raise ValueError(f"a trigger of {num_pixels} pixels cannot be divided among {num_parts} clients")
+
+    def may_change(self, labels_N: np.ndarray) -> np.ndarray:
+        """Returns which are of other classes than the target, or with `clean_label` which are of it."""
+        return (labels_N == self.target) == self.clean_label
 
     def poison(
         self,

@@ -109,6 +109,10 @@ class Threat(Spec, ABC):
             if number is not None and number >= num_classes:
                 raise ValueError(f"{field} = {number} is no class: there are {num_classes}, numbered from 0")
 
+    def may_change(self, labels_N: np.ndarray) -> np.ndarray:
+        """Returns which of a malicious client's records it may change, were it to change any."""
+        return np.full(len(labels_N), True)
+
     def claimed(self, num_records: int) -> int:
         """Returns how many records a malicious client says it has."""
         return num_records
