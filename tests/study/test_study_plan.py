@@ -223,6 +223,10 @@ CHANGES = [
     *(("threat", {"num_malicious": 1} | change) for change in (
         {"kind": "label_flip"}, {"kind": "label_flip", "share": 0.5}, {"kind": "label_flip", "mode": "next"},
         {"kind": "adversarial_samples"}, {"kind": "adversarial_samples", "steps": 2})),
+    *(("codec", codec) for codec in (
+        {"kind": "dense"}, {"kind": "dense", "numbers": "int4"}, {"kind": "dense", "error_feedback": True},
+        {"kind": "top_k"}, {"kind": "top_k", "share": 0.5}, {"kind": "random_k"}, {"kind": "random_projection"},
+        {"kind": "power_sgd"}, {"kind": "power_sgd", "rank": 3})),
     ("rounds", 4),
     ("seed", 1),
 ]  # fmt: skip

@@ -16,6 +16,8 @@ PLAUSIBLE_BUFFERS = 1e4
 
 def why_malformed(result: LocalResult, state: TrainingState) -> str:
     """Returns what is wrong with an update's form, or "" where it is of the right shape and finite."""
+    if result.damaged:
+        return result.damaged
     for sent, expected in ((result.update_P, state.params_P), (result.buffers_Q, state.buffers_Q)):
         if sent.shape != expected.shape:
             return f"has the shape {tuple(sent.shape)} and not {tuple(expected.shape)}"

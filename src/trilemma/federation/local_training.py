@@ -39,6 +39,7 @@ class LocalResult(NamedTuple):
         clip: Where the clipping norm adapts: kept by the client for its next round.
         noised_count: Where one clipping norm adapts for all: the client's part of the count that moves it, with its
             share of the noise; for the secure sum only.
+        damaged: Why the server could not read what arrived, or "".
     """
 
     update_P: Tensor
@@ -47,6 +48,7 @@ class LocalResult(NamedTuple):
     optimizer_state: State
     clip: float | None = None
     noised_count: float | None = None
+    damaged: str = ""
 
 
 def local_train(

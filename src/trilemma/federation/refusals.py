@@ -54,6 +54,29 @@ def why_no_root(spec: "TrainSpec") -> str:
     return ""
 
 
+def why_no_codec(spec: "TrainSpec") -> str:
+    """Returns why updates may not be written as asked; empty where they may.
+
+    Where each client adds all of its noise itself, whatever a codec does comes after it and costs no privacy: also what
+    a client remembers was made of noised numbers.
+    """
+    codec, privacy = spec.codec, spec.privacy
+    if codec is None or not isinstance(privacy, DpSgd) or spec.algorithm.kind not in ("fedavg", "fedprox"):
+        return ""
+    if privacy.trust == "distributed":
+        return (
+            "a secure sum adds whole numbers of one lattice that all clients share, unseen, and a codec writes each "
+            "update in its own way; leave codec out, or use trust 'local'"
+        )
+    if privacy.unit == "client" and (codec.remembers or codec.kind == "power_sgd"):
+        return (
+            f"codec '{codec.kind}' lets a client remember what it could not say, without noise, and its later updates "
+            "tell of it: the guarantee for whole clients does not cover that; set error_feedback = false and use "
+            "'dense', 'random_k' or 'random_projection'"
+        )
+    return ""
+
+
 def why_no_such_threat(spec: "TrainSpec") -> str:
     """Returns why a threat cannot act in a training; empty where it can."""
     threat, federated = spec.threat, spec.algorithm.kind in ("fedavg", "fedprox")
@@ -64,6 +87,8 @@ def why_no_such_threat(spec: "TrainSpec") -> str:
         )
     if threat.kind == "inflated_count" and not (federated and getattr(spec.algorithm, "weights", "") == "records"):
         return "threat 'inflated_count' needs algorithm.weights = 'records': other weights do not ask for counts"
+    if getattr(threat, "flaw", "") == "frame" and (spec.codec is None or not federated):
+        return "threat.flaw 'frame' damages frames, and without a codec there are none; give a codec, or another flaw"
     if threat.when is not None and threat.when.first > spec.rounds:
         return (
             f"threat.when.first {threat.when.first} lies after the last of {spec.rounds} rounds: nobody would ever act"

@@ -16,14 +16,12 @@ from trilemma.federation.local_training import LocalResult, drawn_records, load_
 from trilemma.federation.malice import forged
 from trilemma.federation.root import root_update
 from trilemma.federation.server import Aggregated, Federation, aggregate, server_step
-from trilemma.federation.specs import Averaging, Centralised, FedAvg, LocalOnly
+from trilemma.federation.specs import Averaging, FedAvg
 from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.federation.streams import private_generator
+from trilemma.federation.wire import Arrived, bytes_down, sent
 from trilemma.models.classifier import Classifier
 from trilemma.privacy.specs import DpSgd
-
-#: Bytes of a float32 on the wire.
-FLOAT_BYTES = 4
 
 
 def run_round(federation: Federation, state: TrainingState) -> TrainingState:
@@ -34,6 +32,8 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     num_steps = max((client.steps for client in chosen), default=1)
     root_P = root_update(spec, federation.root, federation.classifier, state, num_steps)
     results, plot = forged(federation, chosen, results, state, root_P)
+    arrived = sent(federation, chosen, results, state)
+    results = arrived.results
     aggregated = aggregate(federation, chosen, results, state, root_P)
     params_P, server = state.params_P, state.server
     if aggregated.update_P is not None:
@@ -49,6 +49,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
         memory=dict(aggregated.memory),
         plot=plot,
         seen=(*state.seen, *(digest(results[client.name].update_P) for client in aggregated.used)),
+        unsaid=arrived.unsaid,
         average_P=average_P,
         average_Q=average_Q,
         pretraining_seconds=state.pretraining_seconds,
@@ -58,7 +59,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     row |= look(spec, federation.classifier, federation.looked_at, state.round + 1)
     best_P, best_Q = best_so_far(spec, state, row, following.latest_P, following.latest_Q)
     if federation.plan is None:  # where it must stay secret who took part, a row must not tell
-        row |= _of_the_clients(federation, results, aggregated, state)
+        row |= _of_the_clients(federation, arrived, aggregated, state)
         row |= {"refused": aggregated.refused} if aggregated.refused else {}
     kept = dict(state.clients)
     if not isinstance(spec.algorithm, FedAvg):
@@ -72,17 +73,19 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
 
 
 def _of_the_clients(
-    federation: Federation, results: dict[str, LocalResult], aggregated: Aggregated, state: TrainingState
+    federation: Federation, arrived: Arrived, aggregated: Aggregated, state: TrainingState
 ) -> dict[str, Any]:
     """Returns who took part in a round, what crossed the network, and the mean training loss where it may be kept."""
-    privacy, chosen = federation.spec.privacy, [client for client in federation.clients if client.name in results]
+    privacy, results = federation.spec.privacy, arrived.results
+    chosen = [client for client in federation.clients if client.name in results]
     no_noise_of_its_own = isinstance(privacy, DpSgd) and privacy.noise == "system"
     return {
         "clients": [client.name for client in chosen],
         "dropped": [client.name for client in chosen if client not in aggregated.used],
         **({"left_out": dict(aggregated.left_out)} if aggregated.left_out else {}),
         "loss": None if no_noise_of_its_own else mean_loss([result.loss for result in results.values()]),
-        **_traffic(federation, chosen, state),
+        "bytes_up": sum(arrived.bytes_up.values()),
+        "bytes_down": bytes_down(federation, state) * len(chosen),
     }
 
 
@@ -149,15 +152,3 @@ def _train(federation: Federation, client: Client, state: TrainingState) -> Loca
     records = client.training_records(spec, classifier, state.round, drawn_records(spec, client, state.round))
     clip = state.clips.get(EVERYBODY, state.clips.get(client.name)) if client.plan is not None else None
     return local_train(spec, client, classifier, records, state.round, state.clients.get(client.name), clip)
-
-
-def _traffic(federation: Federation, chosen: list[Client], state: TrainingState) -> dict[str, int]:
-    """Counts what crosses the network: the model both ways, or in `centralised` training the images, once."""
-    algorithm = federation.spec.algorithm
-    if isinstance(algorithm, LocalOnly):
-        return {"bytes_up": 0, "bytes_down": 0}
-    if isinstance(algorithm, Centralised):
-        images = sum(shard.records.images_NCHW.nbytes for client in chosen for shard in client.shards)
-        return {"bytes_up": images if state.round == 0 else 0, "bytes_down": 0}
-    model = FLOAT_BYTES * (state.params_P.numel() + state.buffers_Q.numel())
-    return {"bytes_up": model * len(chosen), "bytes_down": model * len(chosen)}

@@ -29,6 +29,7 @@ class TrainingState:
         memory: What the rule of aggregation remembers.
         plot: What the malicious clients remember.
         seen: Digests of the updates that were let in so far, by which a replayed one is known.
+        unsaid: Client name -> what it remembers of what its codec could not say.
         average_P: Moving average of the parameters, where the training makes one and a round has ended.
         average_Q: The same of the buffers: batch norm's statistics must fit the parameters.
         best_P: Parameters of the best look so far, where looks choose the model (early stopping).
@@ -48,6 +49,7 @@ class TrainingState:
     memory: dict[str, Tensor] = field(default_factory=dict)
     plot: dict[str, Tensor] = field(default_factory=dict)
     seen: tuple[str, ...] = ()
+    unsaid: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     average_P: Tensor | None = None
     average_Q: Tensor | None = None
     best_P: Tensor | None = None
@@ -91,6 +93,8 @@ class TrainingState:
         tensors |= {f"server/{name}": value for name, value in self.server.items()}
         tensors |= {f"aggregation/{name}": value for name, value in self.memory.items()}
         tensors |= {f"threat/{name}": value for name, value in self.plot.items()}
+        for client, memory in self.unsaid.items():
+            tensors |= {f"codec/{client}/{name}": value for name, value in memory.items()}
         for client, state in self.clients.items():
             tensors |= {f"client/{client}/{name}": value for name, value in state.items()}
         texts = {
@@ -116,6 +120,7 @@ class TrainingState:
         clients: dict[str, State] = {}
         memory: dict[str, Tensor] = {}
         plot: dict[str, Tensor] = {}
+        unsaid: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
             # A step count stays on the CPU, where it is read; all else goes where the model is.
@@ -126,6 +131,9 @@ class TrainingState:
                 memory[rest] = value
             elif kind == "threat":
                 plot[rest] = value
+            elif kind == "codec":
+                client, _, part = rest.rpartition("/")
+                unsaid.setdefault(client, {})[part] = value
             elif kind == "client":
                 client, _, part = rest.rpartition("/")
                 clients.setdefault(client, {})[part] = value
@@ -139,6 +147,7 @@ class TrainingState:
             history=tuple(json.loads(texts["history"])),
             memory=memory,
             plot=plot,
+            unsaid=unsaid,
             seen=tuple(json.loads(texts.get("seen", "[]"))),
             clips=json.loads(texts.get("clips", "{}")),  # none adapted where a checkpoint does not have them
             average_P=tensors["average"].to(device) if "average" in tensors else None,

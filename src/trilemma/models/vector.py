@@ -44,6 +44,11 @@ def variances(module: nn.Module) -> Tensor:
     return torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)
 
 
+def shapes(module: nn.Module) -> list[torch.Size]:
+    """Returns the shapes of the trainable parameters, in the order of `get_params`."""
+    return [parameter.shape for parameter in _trainable(module)]
+
+
 def num_params(module: nn.Module) -> int:
     """Returns the number of trainable parameters."""
     return sum(parameter.numel() for parameter in _trainable(module))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trilemma.attacks.poisoning.scene import Memory, Scene, Sent
 
-Flaw = Literal["nan", "infinity", "shape", "huge", "replay"]
+Flaw = Literal["nan", "infinity", "shape", "huge", "replay", "frame"]
 
 #: Length of a huge update; its numbers stay finite.
 HUGE = 1e30
@@ -22,6 +22,8 @@ def malformed(scene: Scene, flaw: Flaw) -> tuple[Sent, Memory]:
         firsts = {f"first {s}": own_P for s, own_P in zip(scene.senders, scene.own_MP, strict=True)}
         memory = {**firsts, **scene.memory}
         return tuple(memory[f"first {sender}"] for sender in scene.senders), memory
+    if flaw == "frame":
+        return tuple(scene.own_MP), scene.memory  # what is wrong is how it travels
     return tuple(_flawed(own_P, flaw, scene.draws) for own_P in scene.own_MP), scene.memory
 
 

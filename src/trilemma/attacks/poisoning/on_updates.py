@@ -279,7 +279,8 @@ class Malformed(Threat):
         num_malicious: That many clients, the last ones; give this or `clients`.
         clients: The malicious clients' indices, counted from 0.
         when: The rounds in which they act; None: all.
-        flaw: "nan" or "infinity" in one place, another "shape", a "huge" norm, or a "replay" of its first update.
+        flaw: "nan" or "infinity" in one place, another "shape", a "huge" norm, a "replay" of its first update, or a
+            "frame" that is cut off on its way.
     """
 
     kind: Literal["malformed"] = "malformed"
@@ -293,6 +294,10 @@ class Malformed(Threat):
     def forge(self, scene: Scene) -> tuple[Sent, Memory]:
         """Returns what they send, and what they remember."""
         return malformed(scene, self.flaw)
+
+    def garbled(self, frame: bytes) -> bytes:
+        """Returns half of a frame, where that is the flaw."""
+        return frame[: len(frame) // 2] if self.flaw == "frame" else frame
 
 
 def _refuse_lone(threat: Threat, knows: Knows) -> None:

@@ -113,6 +113,15 @@ class Threat(Spec, ABC):
         """Returns which of a malicious client's records it may change, were it to change any."""
         return np.full(len(labels_N), True)
 
+    @property
+    def repeats(self) -> bool:
+        """Returns whether a malicious client sends the same again, bit for bit."""
+        return getattr(self, "flaw", "") == "replay"
+
+    def garbled(self, frame: bytes) -> bytes:
+        """Returns what a malicious client sends in place of a frame, where a codec makes one."""
+        return frame
+
     def claimed(self, num_records: int) -> int:
         """Returns how many records a malicious client says it has."""
         return num_records

@@ -118,8 +118,8 @@ def mimicked(honest_NP: Tensor, principal_P: Tensor) -> int:
 def principal(honest_NP: Tensor, before_P: Tensor | None, num_before: int) -> Tensor:
     """Returns the direction in which honest updates differ most, over the rounds so far: one power step per round.
 
-    The authors' own code centres on the mean of all rounds so far and stops looking after a warm-up; this centres on each
-    round's and keeps looking, for who takes part may change.
+    The authors' own code centres on the mean of all rounds so far and stops looking after a warm-up; this centres on
+    each round's and keeps looking, for who takes part may change.
 
     Args:
         honest_NP: This round's.
