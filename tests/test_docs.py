@@ -111,6 +111,7 @@ SECTIONS = {
     "AlgorithmSpec": "base.algorithm",
     "ServerSpec": "base.server",
     "AggregationSpec": "base.aggregation",
+    "CodecSpec": "base.codec",
     "DefenceSpec": "base.defence",
     "PrivacySpec": "base.privacy",
     "ClippingSpec": "base.privacy.clipping",
