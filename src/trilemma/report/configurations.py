@@ -20,6 +20,8 @@ _TUNING = frozenset({"local", "rounds", "server", "aggregation", "averaging", "p
 
 #: Label of a model as it was trained.
 UNCOMPRESSED = "fp32"
+#: Why nothing is known of the traffic.
+UNSENT = "no round recorded what it sent"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Row:
         latency_1: Seconds for one image; the interval holds quartiles.
         latency_32: Seconds for 32 images.
         bytes_per_round: Sent up and down by all clients together.
+        sent_up: Bytes of one hospital in one round, to the server, and
+        sent_down: from it.
         training_seconds: Per seed, over all hospitals that trained alone.
         constant: One phrase per seed whose model gives every image the same answer.
         labels: Axis -> label of this configuration's value, such as {"threat": "sign flip 4x by 2 clients"}.
@@ -69,6 +73,8 @@ class Row:
     constant: tuple[str, ...]
     labels: dict[str, str] = field(default_factory=dict)
     triggered: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    sent_up: Estimate = Estimate(reason=UNSENT)
+    sent_down: Estimate = Estimate(reason=UNSENT)
     diagnosed: tuple[Flag, ...] = ()
 
     @property
@@ -278,6 +284,8 @@ def _row(cells: list[Cell], data: tuple[DataFacts, ...]) -> Row:
         latency_1=_cost(cells, "latency_batch1_seconds"),
         latency_32=_cost(cells, "latency_batch32_seconds"),
         bytes_per_round=_traffic(cells),
+        sent_up=_each("bytes_up", cells),
+        sent_down=_each("bytes_down", cells),
         training_seconds=_training_seconds(cells),
         constant=tuple(phrase for cell in cells if (phrase := _constant(cell, data))),
         labels=first.labels,
@@ -343,7 +351,17 @@ def _traffic(cells: list[Cell]) -> Estimate:
         rounds = [r for cell in same for r in cell.run.history if r.get("bytes_up") is not None]
         if rounds:
             per_seed.append((seed, sum(r["bytes_up"] + (r.get("bytes_down") or 0) for r in rounds) / len(rounds)))
-    return exact(per_seed, reason="no round recorded what it sent")
+    return exact(per_seed, reason=UNSENT)
+
+
+def _each(direction: str, cells: list[Cell]) -> Estimate:
+    """Returns the bytes of one hospital in one round."""
+    per_seed = []
+    for seed, same in by_seed(cells).items():
+        rounds = [r for cell in same for r in cell.run.history if r.get(direction) is not None and r.get("clients")]
+        if rounds:
+            per_seed.append((seed, sum(r[direction] for r in rounds) / sum(len(r["clients"]) for r in rounds)))
+    return exact(per_seed, reason=UNSENT)
 
 
 def _constant(cell: Cell, data: tuple[DataFacts, ...]) -> str:

@@ -73,6 +73,7 @@ def _body(results: Results, rows: Sequence[Row]) -> Html:
         ("poisoning", "Poisoned hospitals", sections.poisoning_section(rows, by)),
         ("transfer", "Transfer", sections.transfer_section(results)),
         ("cost", "Size and latency", sections.cost_section(rows, size_figure(rows, by)) if rows else None),
+        ("traffic", "Network", sections.traffic_section(rows, by)),
         ("training", "Training", sections.training_section(results, training_figure(results))),
         ("clients", "Hospitals", sections.clients_section(rows)),
         ("examples", "Examples", sections.gallery_section(results)),
