@@ -33,11 +33,11 @@ def spec_id(spec) -> str:
 @pytest.mark.parametrize("spec", WITHOUT_BATCH_NORM, ids=spec_id)
 def test_logits_for_every_size_and_channel_count(spec, image_size, channels):
     classifier = spec.make(channels, image_size, 3, seed=0)
-    x = torch.rand(5, channels, image_size, image_size)
+    x = torch.rand(5, channels, image_size, image_size, generator=torch.Generator().manual_seed(0))
     logits = classifier(x)
     assert logits.shape == (5, 3)
     assert torch.isfinite(logits).all()
-    assert torch.allclose(classifier(x[3:4]), logits[3:4], atol=1e-5)  # no record looks at another
+    assert torch.allclose(classifier(x[3:4]), logits[3:4], atol=1e-4)  # no record looks at another
 
 
 @pytest.mark.parametrize("spec", [Resnet9(width=4), Resnet18(width=4, stem="large")], ids=spec_id)
