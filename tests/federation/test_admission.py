@@ -100,6 +100,15 @@ def flawed_statistics(draws: np.random.Generator, good_Q: torch.Tensor, variance
     return buffers_Q
 
 
+@pytest.mark.parametrize("count", [math.nan, math.inf])
+def test_a_count_for_the_common_clip_that_is_no_number_is_named(count):
+    federation = tiny_federation()
+    state = initial_state(federation)
+    sound = LocalResult(torch.ones_like(state.params_P), state.buffers_Q, 0.0, {}, noised_count=3.0)
+    assert why_malformed(sound, state) == ""
+    assert "no finite number" in why_malformed(sound._replace(noised_count=count), state)
+
+
 def test_ten_thousand_malformed_updates_crash_nothing_move_nothing_and_are_all_reported():
     """What the server makes of a round with them is what it makes of the same round without those clients."""
     draws, seen, turn, expected = np.random.default_rng(0), 0, 0, {}

@@ -246,6 +246,20 @@ def test_an_honest_client_that_diverged_is_nobodys_evidence(monkeypatch):
         assert set(state.history[0]["left_out"]) == {"client 1"} and state.params_P.isfinite().all()
 
 
+@pytest.mark.parametrize("rule", [{"kind": "mean"}, {"kind": "divide_and_conquer", "num_byzantine": 1}])
+def test_an_attacker_that_diverged_breaks_no_rehearsal(monkeypatch, rule):
+    honest = federated_round.local_train
+
+    def train(spec, client, *rest):
+        result = honest(spec, client, *rest)
+        return result._replace(update_P=result.update_P * float("nan")) if client.number == 4 else result
+
+    monkeypatch.setattr(federated_round, "local_train", train)
+    threat = {"kind": "adaptive", "knows": "own", "num_malicious": 2}
+    state = trained_state(tiny_federation(**FIVE, threat=threat, aggregation=rule), 1)
+    assert set(state.history[0]["left_out"]) == {"client 4", "client 5"} and state.params_P.isfinite().all()
+
+
 def test_model_replacement_counts_the_servers_learning_rate():
     fields = {**FIVE, "threat": {"kind": "label_flip", "num_malicious": 2, "boost": "replace"}}
     federation = tiny_federation(**fields, server={"kind": "sgd", "learning_rate": 0.5})

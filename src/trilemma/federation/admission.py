@@ -1,6 +1,7 @@
 """What the server lets into the aggregation: updates of the right shape, finite, of a plausible length, and new."""
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ def why_malformed(result: LocalResult, state: TrainingState) -> str:
             return f"holds numbers of the type {str(sent.dtype).removeprefix('torch.')}"
         if not bool(sent.isfinite().all()):
             return "holds numbers that are not finite"
+    if result.noised_count is not None and not math.isfinite(result.noised_count):
+        return "comes with a count that is no finite number"
     return ""
 
 

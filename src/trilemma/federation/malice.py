@@ -80,7 +80,9 @@ def _rehearsed(
     if federation.plan is not None:
         clip = state.clips.get(EVERYBODY)
         return federation.plan.update_sum(rows_KP, federation.classifier, clip)[0] / federation.plan.denominator
-    let_in = [row for row in range(len(rows_KP)) if not is_too_long(rows_KP[row], state)]
+    # A row that is no number is left out too: a training of the attackers' own may have diverged.
+    finite_K = rows_KP.isfinite().all(dim=1)
+    let_in = [row for row in range(len(rows_KP)) if bool(finite_K[row]) and not is_too_long(rows_KP[row], state)]
     if not let_in or why_too_few(spec, len(let_in)):
         return nothing_P
     draws = generator(spec.seed, "threat", "rehearsal", state.round)
