@@ -80,6 +80,7 @@ def scene(matrix, memory=None, aggregate=None, seed=0) -> Scene:
     return Scene(
         own_MP=matrix[HONEST:].clone(),
         honest_NP=matrix[:HONEST].clone(),
+        num_honest=HONEST,
         share=BAD / len(matrix),
         senders=tuple(range(HONEST, len(matrix))),
         aggregate=aggregate or rule(),

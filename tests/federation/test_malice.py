@@ -135,6 +135,57 @@ def test_a_trusted_servers_clip_is_known_to_who_adapts():
     assert state.params_P.isfinite().all()
 
 
+CENTRAL = {
+    "partition": {"kind": "iid", "num_clients": 8},
+    "privacy": {**DP, "unit": "client", "trust": "central", "clip": 0.05},
+    "local": {"batch_size": 4, "steps": 1, "momentum": 0, "learning_rate": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    "threat",
+    [
+        {"kind": "label_flip", "boost": "replace", "num_malicious": 2},
+        {"kind": "alie", "knows": "own", "num_malicious": 4},
+        {"kind": "adaptive", "knows": "own", "num_malicious": 2},
+        {"kind": "inner_product", "knows": "own", "num_malicious": 2},
+        {"kind": "min_max", "knows": "own", "num_malicious": 2},
+        {"kind": "sign_flip", "num_malicious": 2},
+    ],
+    ids=lambda threat: threat["kind"],
+)
+def test_where_it_is_secret_who_takes_part_what_attackers_send_does_not_tell(threat):
+    federation = tiny_federation(**CENTRAL, threat=threat)
+    state, draws = initial_state(federation), torch.Generator().manual_seed(0)
+    rows = torch.randn(8, len(state.params_P), generator=draws) / 1000
+    clients = list(federation.clients)
+    results = {
+        client.name: LocalResult(row_P, state.buffers_Q, 0.0, {}) for client, row_P in zip(clients, rows, strict=True)
+    }
+    sent = []
+    for chosen in (clients, clients[1:], clients[3:]):
+        taking_part = {client.name: results[client.name] for client in chosen}
+        sent.append(forged(federation, chosen, taking_part, state)[0][clients[-1].name].update_P)
+    assert not torch.equal(sent[0], rows[-1])
+    assert torch.equal(sent[0], sent[1]) and torch.equal(sent[0], sent[2])
+
+
+def test_in_a_secure_sum_attackers_do_not_learn_whose_update_is_long():
+    threat = {"kind": "alie", "knows": "own", "num_malicious": 2}
+    privacy = {**DP, "trust": "distributed", "num_colluding": 2}
+    federation = tiny_federation(**{**CENTRAL, "privacy": privacy}, threat=threat)
+    state, draws = initial_state(federation), torch.Generator().manual_seed(0)
+    rows = torch.randn(8, len(state.params_P), generator=draws) / 1000
+    sent = []
+    for factor in (1.0, 1e9):
+        results = {
+            client.name: LocalResult(row_P * (factor if i == 0 else 1.0), state.buffers_Q, 0.0, {})
+            for i, (client, row_P) in enumerate(zip(federation.clients, rows, strict=True))
+        }
+        sent.append(forged(federation, list(federation.clients), results, state)[0]["client 8"].update_P)
+    assert torch.equal(sent[0], sent[1])
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

@@ -12,6 +12,7 @@ from trilemma.federation.local_training import LocalResult
 from trilemma.federation.server import Federation, received_from, rule_of, why_too_few
 from trilemma.federation.specs import ServerSgd, TrainSpec
 from trilemma.federation.state import EVERYBODY, TrainingState
+from trilemma.privacy.specs import DpSgd
 from trilemma.randomness import generator
 
 #: Client name -> what it sends.
@@ -56,14 +57,24 @@ def _scene(
     state: TrainingState,
     root_P: Tensor | None,
 ) -> Scene:
-    honest = [client for client in chosen if not client.malicious and _is_let_in(results[client.name], state)]
+    plan, privacy = federation.plan, federation.spec.privacy
+    honest = [client for client in chosen if not client.malicious]
+    if not isinstance(privacy, DpSgd) or privacy.trust == "local":  # elsewhere it is secret what each one sent
+        honest = [client for client in honest if _is_let_in(results[client.name], state)]
     own_MP = torch.stack([results[client.name].update_P for client in malicious])
-    honest_rows = [results[client.name].update_P for client in honest]
+    seen = [results[client.name].update_P for client in honest] if federation.spec.threat.sees_others else []
     positions = {client.name: position for position, client in enumerate(federation.clients)}
-    weight = sum(client.weight for client in malicious) / sum(client.weight for client in [*honest, *malicious])
+    if plan is None:
+        num_honest = len(honest)
+        weight = sum(client.weight for client in malicious) / sum(client.weight for client in [*honest, *malicious])
+    else:  # who takes part is secret: what they send must not tell of it
+        expected = plan.denominator / len(federation.clients)
+        num_honest = round(expected * sum(not client.malicious for client in federation.clients))
+        weight = len(malicious) / plan.denominator
     return Scene(
         own_MP,
-        torch.stack(honest_rows) if honest_rows else own_MP[:0],
+        torch.stack(seen) if seen else own_MP[:0],
+        num_honest,
         weight * _server_learning_rate(federation.spec),
         tuple(positions[client.name] for client in malicious),
         partial(_rehearsed, federation, [*honest, *malicious], state, root_P),

@@ -1,8 +1,10 @@
 """Frames: whole ones come back, and of all others the receiver learns that they are not."""
 
 import struct
+import zlib
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,12 +50,23 @@ def test_another_codec_and_what_would_unpack_to_too_much_are_refused():
         unseal(seal(bytes(1_000_000), 2), 2, 1000)
 
 
-def test_a_frame_that_lies_about_its_length_is_refused_without_unpacking_more():
-    import zlib
+def lying(body: bytes, length: int) -> bytes:
+    """A frame with a good checksum over a body that is not what the header says."""
+    header = (b"TRIU", 1, 2, 1, length)
+    return struct.pack("<4sBBBQI", *header, zlib.crc32(body, zlib.crc32(repr(header).encode()))) + body
 
-    frame = seal(bytes(1_000_000), 2)
-    header = (b"TRIU", 1, 2, 1, 500)
-    body = frame[HEADER_BYTES:]
-    lying = struct.pack("<4sBBBQI", *header, zlib.crc32(body, zlib.crc32(repr(header).encode()))) + body
-    with pytest.raises(ValueError, match="cannot be unpacked|holds"):
-        unseal(lying, 2, 1000)
+
+def test_a_frame_that_lies_about_its_length_is_refused_before_anything_is_unpacked(monkeypatch):
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda: pytest.fail("was unpacked"))
+    with pytest.raises(ValueError, match="would unpack to 1000000 bytes and says 500"):
+        unseal(lying(seal(bytes(1_000_000), 2)[HEADER_BYTES:], 500), 2, 1000)
+    without_size = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(500))
+    with pytest.raises(ValueError, match="would unpack to -1 bytes"):
+        unseal(lying(without_size, 500), 2, 1000)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=80), st.integers(0, 1000))
+def test_a_body_that_zstandard_did_not_write_is_refused(body, length):
+    with pytest.raises(ValueError, match="unpack|holds"):
+        unseal(lying(body, length), 2, 1000)

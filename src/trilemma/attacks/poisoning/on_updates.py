@@ -122,7 +122,7 @@ class Alie(Threat):
     def forge(self, scene: Scene) -> tuple[Sent, Memory]:
         """Returns what they send, and what they remember."""
         num_malicious = len(scene.own_MP)
-        num_clients = num_malicious + len(scene.honest_NP)
+        num_clients = num_malicious + scene.num_honest
         return _all_send(alie(_known(scene, self.knows), num_clients, num_malicious, self.z), scene)
 
 
@@ -268,8 +268,8 @@ class Adaptive(Threat):
 
     def forge(self, scene: Scene) -> tuple[Sent, Memory]:
         """Returns what they send, and what they remember."""
-        known_NP, num_honest = _known(scene, self.knows), len(scene.honest_NP)
-        return _all_send(adaptive(known_NP, scene.aggregate, num_honest, len(scene.own_MP)), scene)
+        known_NP = _known(scene, self.knows)
+        return _all_send(adaptive(known_NP, scene.aggregate, scene.num_honest, len(scene.own_MP)), scene)
 
 
 class Malformed(Threat):

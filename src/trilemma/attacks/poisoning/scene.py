@@ -18,8 +18,9 @@ class Scene(NamedTuple):
 
     Attributes:
         own_MP: What their own training made, poisoned where their records are; one row for each that takes part.
-        honest_NP: What the honest clients of the round send, as far as the server will let it in; a threat that does
-            not see others looks at its length alone.
+        honest_NP: What the honest clients of the round send, as far as the server will let it in; no row for a threat
+            that does not see others.
+        num_honest: How many honest clients there are in the round; where that is secret, how many are expected.
         share: By how much the model moves along what they all send: their share of the mean, times the server's
             learning rate.
         senders: Their positions in the federation.
@@ -31,6 +32,7 @@ class Scene(NamedTuple):
 
     own_MP: Tensor
     honest_NP: Tensor
+    num_honest: int
     share: float
     senders: tuple[int, ...]
     aggregate: Callable[[Tensor], Tensor]

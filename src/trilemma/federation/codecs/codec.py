@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from trilemma.spec import Spec
 
 #: What a sender keeps between rounds: what it has not said yet, and where a low-rank codec starts from.
 Memory = Mapping[str, Tensor]
+#: A payload, and what its sender remembers.
+Written = tuple[bytes, dict[str, Tensor]]
 #: Shapes of the parameters that an update is of, in its order.
 Shapes = Sequence[Sequence[int]]
 
@@ -24,17 +27,14 @@ class Codec(Spec, ABC):
         numbers: How each number is written that is sent: "float32", "float16", "int8", "int4" or "sign".
     """
 
+    #: What names the codec in a frame, from 0 to 255.
+    number: ClassVar[int]
     numbers: Numbers = "float32"
 
     @property
     @abstractmethod
     def name(self) -> str:
         """Returns the codec, without how its numbers are written."""
-
-    @property
-    @abstractmethod
-    def number(self) -> int:
-        """Returns what names the codec in a frame, from 0 to 255."""
 
     @property
     def label(self) -> str:
@@ -47,9 +47,7 @@ class Codec(Spec, ABC):
         return getattr(self, "error_feedback", False)
 
     @abstractmethod
-    def write(
-        self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes
-    ) -> tuple[bytes, dict[str, Tensor]]:
+    def write(self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes) -> Written:
         """Returns values as bytes, and what to remember beside what was left unsaid."""
 
     @abstractmethod
@@ -64,9 +62,7 @@ class Codec(Spec, ABC):
     def largest(self, shapes: Shapes) -> int:
         """Returns how many bytes a payload has at most."""
 
-    def encode(
-        self, update_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes
-    ) -> tuple[bytes, dict[str, Tensor]]:
+    def encode(self, update_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes) -> Written:
         """Returns an update as bytes and what its sender remembers.
 
         With error feedback what was left unsaid before is added first, and what is left unsaid now is remembered

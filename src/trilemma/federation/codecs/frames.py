@@ -55,16 +55,21 @@ def unseal(frame: bytes, codec: int, at_most: int) -> bytes:
         raise ValueError("is of another codec than the study's")
     if length > at_most:
         raise ValueError(f"would unpack to {length} bytes, and at most {at_most} are an update")
-    if not compressed:
-        payload = body
-    else:
-        try:
-            payload = zstandard.ZstdDecompressor().decompress(body, max_output_size=at_most, allow_extra_data=False)
-        except zstandard.ZstdError as error:
-            raise ValueError(f"cannot be unpacked ({error})") from None
+    payload = _unpacked(body, length) if compressed else body
     if len(payload) != length:
         raise ValueError(f"holds {len(payload)} bytes and says {length}")
     return payload
+
+
+def _unpacked(body: bytes, length: int) -> bytes:
+    """Returns what zstandard made smaller; it would make room for as much as the body says, so that is asked first."""
+    try:
+        size = zstandard.frame_content_size(body)
+        if size != length:
+            raise ValueError(f"would unpack to {size} bytes and says {length}")
+        return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"cannot be unpacked ({error})") from None
 
 
 def _checksum(header: tuple, body: bytes) -> int:

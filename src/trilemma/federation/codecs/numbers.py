@@ -37,7 +37,8 @@ def write_numbers(values_K: Tensor, kind: Numbers, draws: torch.Generator) -> by
     3.1); signs with their scale are those of Karimireddy et al. (2019), Algorithm 1.
     """
     if kind in _FLOATS:
-        kept_K = values_K if kind == "float32" else values_K.clamp(-LARGEST_HALF, LARGEST_HALF)
+        fits_K = values_K.clamp(-LARGEST_HALF, LARGEST_HALF)
+        kept_K = values_K if kind == "float32" else torch.where(values_K.isfinite(), fits_K, values_K)
         return kept_K.numpy().astype(_FLOATS[kind]).tobytes()
     blocks_NB = _in_blocks(values_K)
     if kind == "sign":

@@ -1,13 +1,13 @@
 """What a study may say about how updates cross the network."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from trilemma.federation.codecs.codec import Codec, Memory, Shapes, head_and_rest, num_values
+from trilemma.federation.codecs.codec import Codec, Memory, Shapes, Written, head_and_rest, num_values
 from trilemma.federation.codecs.low_rank import factors, matrices
 from trilemma.federation.codecs.numbers import Numbers, num_bytes, read_numbers, write_numbers
 from trilemma.federation.codecs.positions import read_positions, write_positions
@@ -22,10 +22,11 @@ class Dense(Codec):
     Attributes:
         numbers: How: "float32" and "float16" round to the nearest; "int8" and "int4" to one of the two nearest levels
             of their block, so that they are right on average (QSGD, Alistarh et al. 2017); "sign" sends one bit for
-            each and a mean magnitude for each block, and needs error feedback (Karimireddy et al. 2019).
+            each and a mean magnitude for each block, and goes astray without error feedback (Karimireddy et al. 2019).
         error_feedback: What rounding took away is added to the next update.
     """
 
+    number: ClassVar[int] = 1
     kind: Literal["dense"] = "dense"
     numbers: Numbers = "int8"
     error_feedback: bool = False
@@ -35,14 +36,7 @@ class Dense(Codec):
         """Returns nothing: how the numbers are written says all."""
         return ""
 
-    @property
-    def number(self) -> int:
-        """Returns what names the codec in a frame."""
-        return 1
-
-    def write(
-        self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes
-    ) -> tuple[bytes, dict[str, Tensor]]:
+    def write(self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes) -> Written:
         """Returns values as bytes."""
         return write_numbers(values_P, self.numbers, draws), {}
 
@@ -64,6 +58,7 @@ class TopK(Codec):
         error_feedback: The others are added to the next update. Without it small ones are never said.
     """
 
+    number: ClassVar[int] = 2
     kind: Literal["top_k"] = "top_k"
     share: float = Field(default=0.02, gt=0, le=1)
     error_feedback: bool = True
@@ -73,14 +68,7 @@ class TopK(Codec):
         """Returns the codec and its share."""
         return f"top {100 * self.share:g} %"
 
-    @property
-    def number(self) -> int:
-        """Returns what names the codec in a frame."""
-        return 2
-
-    def write(
-        self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes
-    ) -> tuple[bytes, dict[str, Tensor]]:
+    def write(self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes) -> Written:
         """Returns values as bytes."""
         count = _count(self.share, len(values_P))
         # What is no number counts as the largest: it must not be left out unseen.
@@ -113,6 +101,7 @@ class RandomK(Codec):
             the update is right on average (Konecny et al. 2016).
     """
 
+    number: ClassVar[int] = 3
     kind: Literal["random_k"] = "random_k"
     share: float = Field(default=0.1, gt=0, le=1)
     error_feedback: bool = True
@@ -122,14 +111,7 @@ class RandomK(Codec):
         """Returns the codec and its share."""
         return f"random {100 * self.share:g} %"
 
-    @property
-    def number(self) -> int:
-        """Returns what names the codec in a frame."""
-        return 3
-
-    def write(
-        self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes
-    ) -> tuple[bytes, dict[str, Tensor]]:
+    def write(self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes) -> Written:
         """Returns values as bytes."""
         seed = _drawn_seed(draws)
         return seed + write_numbers(values_P[self._positions(seed, len(values_P))], self.numbers, draws), {}
@@ -163,6 +145,7 @@ class RandomProjection(Codec):
     References: Charikar et al. (2002); for updates Rothchild et al. (2020).
     """
 
+    number: ClassVar[int] = 4
     kind: Literal["random_projection"] = "random_projection"
     share: float = Field(default=0.1, gt=0, le=1)
     error_feedback: bool = True
@@ -172,14 +155,7 @@ class RandomProjection(Codec):
         """Returns the codec and its share."""
         return f"projection {100 * self.share:g} %"
 
-    @property
-    def number(self) -> int:
-        """Returns what names the codec in a frame."""
-        return 4
-
-    def write(
-        self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes
-    ) -> tuple[bytes, dict[str, Tensor]]:
+    def write(self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes) -> Written:
         """Returns values as bytes."""
         seed = _drawn_seed(draws)
         sums_P, signs_P = self._sketch(seed, len(values_P))
@@ -216,6 +192,7 @@ class PowerSgd(Codec):
         error_feedback: What the products leave out is added to the next update.
     """
 
+    number: ClassVar[int] = 5
     kind: Literal["power_sgd"] = "power_sgd"
     rank: int = Field(default=2, ge=1, le=1024)
     error_feedback: bool = True
@@ -225,14 +202,7 @@ class PowerSgd(Codec):
         """Returns the codec and its rank."""
         return f"PowerSGD {self.rank}"
 
-    @property
-    def number(self) -> int:
-        """Returns what names the codec in a frame."""
-        return 5
-
-    def write(
-        self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes
-    ) -> tuple[bytes, dict[str, Tensor]]:
+    def write(self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes) -> Written:
         """Returns values as bytes, and the thin matrices from which the next round starts."""
         starts, plain, thin, kept = self._starts(memory, draws, shapes), [], [], []
         for part, size, start_Ck in zip(_parts(values_P, shapes), matrices(shapes, self.rank), starts, strict=True):
