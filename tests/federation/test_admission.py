@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tiny_federation import tiny_federation, trained_state
+from helpers.tiny_federation import DP, tiny_federation, trained_state
 from trilemma.federation import round as federated_round
 from trilemma.federation.admission import PLAUSIBLE, digest, why_implausible, why_malformed, why_old
 from trilemma.federation.local_training import LocalResult
@@ -26,6 +26,8 @@ RULES = [
     {"kind": "foolsgold"},
 ]
 GENERATED = 10_000
+
+ONE_STEP = {"batch_size": 4, "steps": 1, "momentum": 0}
 
 
 def result_of(update_P, buffers_Q=None) -> LocalResult:
@@ -107,6 +109,33 @@ def test_a_count_for_the_common_clip_that_is_no_number_is_named(count):
     sound = LocalResult(torch.ones_like(state.params_P), state.buffers_Q, 0.0, {}, noised_count=3.0)
     assert why_malformed(sound, state) == ""
     assert "no finite number" in why_malformed(sound._replace(noised_count=count), state)
+
+
+def test_a_rule_that_leaves_no_update_standing_says_so():
+    fields = {"partition": {"kind": "iid", "num_clients": 4}, "aggregation": {"kind": "fltrust", "num_images": 5}}
+    federation = tiny_federation(**fields)
+    state = initial_state(federation)
+    row_P = torch.ones_like(state.params_P) / 100
+    results = {client.name: LocalResult(row_P, state.buffers_Q, 0.0, {}) for client in federation.clients}
+    agreed = aggregate(federation, list(federation.clients), results, state, row_P)
+    assert agreed.update_P is not None and not agreed.refused and len(agreed.used) == 4
+    against = aggregate(federation, list(federation.clients), results, state, -row_P)
+    assert against.update_P is None and against.refused == "aggregation 'fltrust' left none of these updates standing"
+
+
+@pytest.mark.parametrize(
+    ("fields", "remembered"),
+    [
+        ({}, 6),
+        ({"privacy": DP, "local": ONE_STEP}, 6),
+        ({"privacy": {**DP, "trust": "distributed"}, "local": ONE_STEP}, 0),
+        ({"privacy": {**DP, "unit": "client", "trust": "central"}, "local": ONE_STEP}, 0),
+        ({"algorithm": {"kind": "centralised"}}, 0),
+    ],
+    ids=["plain", "local", "distributed", "client", "centralised"],
+)
+def test_only_a_server_that_sees_single_updates_remembers_them(fields, remembered):
+    assert len(trained_state(tiny_federation(**fields)).seen) == remembered
 
 
 def test_ten_thousand_malformed_updates_crash_nothing_move_nothing_and_are_all_reported():

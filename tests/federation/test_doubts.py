@@ -69,6 +69,18 @@ def test_what_is_doubtful_about_a_rule(changes, said):
     assert all(phrase in doubt for phrase, doubt in zip(said, found, strict=True))
 
 
+def test_what_fltrust_and_the_mean_do_not_check_is_doubted():
+    most = {"kind": "sign_flip", "num_malicious": 2}
+    trusted = {"aggregation": {"kind": "fltrust", "num_images": 5}, "threat": most}
+    for norm, said in (("batch", 1), ("group", 0)):
+        model = {"kind": "resnet9", "width": 4, "norm": norm}
+        found = doubts_about_rule(tiny_spec(**trusted, model=model))
+        assert len(found) == said and all("medians over all that sent some" in doubt for doubt in found)
+    by_records = {"kind": "fedavg", "weights": "records"}
+    (doubt,) = doubts_about_rule(tiny_spec(algorithm=by_records, threat={"kind": "inflated_count", "num_malicious": 1}))
+    assert "nobody checks the counts" in doubt and doubts_about_rule(tiny_spec(algorithm=by_records)) == []
+
+
 def test_a_doubt_is_told_once_with_its_configuration(tmp_path):
     private = 'base.aggregation = { kind = "median" }\nbase.privacy = { kind = "dp_sgd", epsilon = 8, delta = 1e-3 }\n'
     text = f"{SMALLEST}seeds = [0, 1]\n{private}"

@@ -110,9 +110,13 @@ def test_nothing_is_said_to_be_withstood_without_a_baseline_or_while_a_backdoor_
         useful = {**planted.clean, by.utility: clean.metric(by.utility)}
         return replace(planted, clean=useful, triggered={name: {"attack_success_rate": rate}})
 
-    assert _withstood(with_rate(0.1), rows, by)
-    assert not _withstood(with_rate(0.9), rows, by)
-    assert not _withstood(replace(with_rate(0.1), triggered={}), rows, by)
+    others = [row for row in rows if row.configuration != planted.configuration]
+    assert _withstood(with_rate(0.1), others, by)
+    assert not _withstood(with_rate(0.9), others, by)
+    assert not _withstood(replace(with_rate(0.1), triggered={}), others, by)
+    for in_int8, withstood in ((0.1, True), (0.97, False)):
+        smaller = replace(with_rate(in_int8), compression="int8")
+        assert _withstood(with_rate(0.1), [*others, smaller], by) == withstood
 
 
 def test_the_worst_honest_hospital_stands_beside_the_worst(study):

@@ -11,14 +11,25 @@ _WEIGHED = ("geometric_median", "norm_clipping", "centred_clipping", "robust_lea
 
 
 def doubts_about_rule(spec: TrainSpec) -> list[str]:
-    """Returns a sentence for each reason why a rule may withstand less than it says; none for the mean alone.
+    """Returns a sentence for each reason why a rule may withstand less than it says.
 
-    What is refused is not among them: a secure sum hides the single updates that rules look at.
+    There is none for the mean, which says nothing, but where counts are lied about. What is refused is not among them:
+    a secure sum hides the single updates that rules look at.
     """
     rule = spec.aggregation
-    if not isinstance(spec.algorithm, FedAvg) or (rule.kind == "mean" and rule.before is None):
+    if not isinstance(spec.algorithm, FedAvg):
         return []
+    num_clients = spec.partition.num_clients
+    most_lie = 2 * len(spec.threat.malicious(num_clients)) >= num_clients
+    if rule.kind == "mean" and rule.before is None:
+        lies = spec.threat.kind == "inflated_count"
+        return [f"{rule.label}: nobody checks the counts that a liar's weight comes from: use 'equal'"] if lies else []
     found = []
+    if rule.kind == "fltrust" and most_lie and getattr(spec.model, "norm", "") == "batch":
+        found.append(
+            f"{rule.label} judges updates, and the statistics of batch norm are medians over all that sent some, most "
+            "of whom lie: use norm = 'group'"
+        )
     if isinstance(spec.privacy, DpSgd):
         found.append(
             f"local noise makes honest updates differ from each other, and attackers hide among them: {rule.label} may "

@@ -9,10 +9,9 @@ from trilemma.attacks.poisoning.scene import Scene
 from trilemma.federation.admission import is_too_long, why_malformed
 from trilemma.federation.clients import Client
 from trilemma.federation.local_training import LocalResult
-from trilemma.federation.server import Federation, received_from, rule_of, why_too_few
+from trilemma.federation.server import Federation, received_from, rule_of, sees_single_updates, why_too_few
 from trilemma.federation.specs import ServerSgd, TrainSpec
 from trilemma.federation.state import EVERYBODY, TrainingState
-from trilemma.privacy.specs import DpSgd
 from trilemma.randomness import generator
 
 #: Client name -> what it sends.
@@ -57,12 +56,12 @@ def _scene(
     state: TrainingState,
     root_P: Tensor | None,
 ) -> Scene:
-    plan, privacy = federation.plan, federation.spec.privacy
+    plan = federation.plan
     honest = [client for client in chosen if not client.malicious]
-    if not isinstance(privacy, DpSgd) or privacy.trust == "local":  # elsewhere it is secret what each one sent
+    if sees_single_updates(federation.spec):
         honest = [client for client in honest if _is_let_in(results[client.name], state)]
     own_MP = torch.stack([results[client.name].update_P for client in malicious])
-    seen = [results[client.name].update_P for client in honest] if federation.spec.threat.sees_others else []
+    shown = [results[client.name].update_P for client in honest] if federation.spec.threat.sees_others else []
     positions = {client.name: position for position, client in enumerate(federation.clients)}
     if plan is None:
         num_honest = len(honest)
@@ -73,7 +72,7 @@ def _scene(
         weight = len(malicious) / plan.denominator
     return Scene(
         own_MP,
-        torch.stack(seen) if seen else own_MP[:0],
+        torch.stack(shown) if shown else own_MP[:0],
         num_honest,
         weight * _server_learning_rate(federation.spec),
         tuple(positions[client.name] for client in malicious),

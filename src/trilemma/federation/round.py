@@ -15,7 +15,7 @@ from trilemma.federation.early_stopping import best_so_far, look
 from trilemma.federation.local_training import LocalResult, drawn_records, load_model, local_train
 from trilemma.federation.malice import forged
 from trilemma.federation.root import root_update
-from trilemma.federation.server import Aggregated, Federation, aggregate, server_step
+from trilemma.federation.server import Aggregated, Federation, aggregate, sees_single_updates, server_step
 from trilemma.federation.specs import Averaging, FedAvg
 from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.federation.streams import private_generator
@@ -48,7 +48,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
         clips=aggregated.clips,
         memory=dict(aggregated.memory),
         plot=plot,
-        seen=(*state.seen, *(digest(results[client.name].update_P) for client in aggregated.used)),
+        seen=(*state.seen, *_digests(federation, results, aggregated)),
         unsaid=arrived.unsaid,
         average_P=average_P,
         average_Q=average_Q,
@@ -70,6 +70,13 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     unlisted = state.unlisted_seconds + (seconds if federation.plan is not None else 0.0)
     following = replace(following, clients=kept, history=(*state.history, row), unlisted_seconds=unlisted)
     return replace(following, best_P=best_P, best_Q=best_Q)
+
+
+def _digests(federation: Federation, results: dict[str, LocalResult], aggregated: Aggregated) -> list[str]:
+    """Returns by what this round's updates are known if they come again; none where they are nobody's to remember."""
+    if not sees_single_updates(federation.spec):
+        return []
+    return [digest(results[client.name].update_P) for client in aggregated.used]
 
 
 def _of_the_clients(

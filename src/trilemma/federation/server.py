@@ -115,24 +115,32 @@ def aggregate(
     if not bool(update_P.isfinite().all()) or (federated and is_too_long(update_P, state)):
         refused = f"aggregation '{spec.aggregation.kind}' made of these updates one that is not finite, or too long"
         return nothing._replace(refused=refused)
+    if not bool(update_P.any()) and bool(rows_NP.any()):
+        return nothing._replace(refused=f"aggregation '{spec.aggregation.kind}' left none of these updates standing")
     buffers_Q = state.buffers_Q
     if not isinstance(spec.privacy, DpSgd):  # nothing that no noise was added to may come from a private client
         buffers_Q = _buffers(spec, received.weights_N, torch.stack([results[c.name].buffers_Q for c in sound]))
     return Aggregated(update_P, buffers_Q, clips, sound, memory, "", left_out)
 
 
+def sees_single_updates(spec: TrainSpec) -> bool:
+    """Returns whether the server may judge each update by what it holds, and remember it.
+
+    Not in a secure sum, which shows nothing of its parts; not where it protects whole clients, for none may count for
+    less because of what others sent, and each is clipped to a length, whatever it was; and not in a baseline, where
+    nobody sends anything.
+    """
+    hidden = isinstance(spec.privacy, DpSgd) and (spec.privacy.trust == "distributed" or spec.privacy.unit == "client")
+    return isinstance(spec.algorithm, FedAvg) and not hidden
+
+
 def _why_left_out(federation: Federation, result: LocalResult, state: TrainingState) -> str:
     """Returns why an update may not enter, or ""."""
-    privacy = federation.spec.privacy
-    if not isinstance(federation.spec.algorithm, FedAvg):
-        return why_malformed(result, state)  # nobody sends anything to anybody
-    if isinstance(privacy, DpSgd) and privacy.trust == "distributed":
-        return why_malformed(result, state)  # a secure sum shows that something is no number, and nothing of its parts
-    if federation.plan is not None:
-        # Each is clipped to a length, whatever it was; and none may count for less because of what others sent.
-        return why_malformed(result, state)
+    malformed = why_malformed(result, state)
+    if malformed or not sees_single_updates(federation.spec):
+        return malformed
     variances_Q = variances(federation.classifier).to(result.update_P.device)
-    return why_malformed(result, state) or why_implausible(result, state, variances_Q) or why_old(result, state)
+    return why_implausible(result, state, variances_Q) or why_old(result, state)
 
 
 def received_from(

@@ -78,7 +78,7 @@ def threats_caption(by: Headline) -> str:
     return (
         f"{numbers.metric_title(by.utility)} that each rule of aggregation keeps under each threat. ✓ marks a value at "
         f"most {numbers.metric_difference(by.utility, WITHSTOOD)} below the mean without a threat; a "
-        f"backdoor must also succeed on no more than {numbers.percent(SUCCEEDS, 0)} of the images."
+        f"backdoor must also succeed on no more than {numbers.percent(SUCCEEDS, 0)} of the images, in every file."
     )
 
 
@@ -188,7 +188,9 @@ def _withstood(row: Row, rows: Sequence[Row], by: Headline) -> bool:
     untouched = _untouched(row, rows)
     gap = difference(row.metric(by.utility), untouched.metric(by.utility)) if untouched is not None else None
     if row.kind("threat") == "backdoor":
-        rates = [row.backdoor(name, "attack_success_rate").value for name in _own_triggers(row)]
+        # Compression may switch a backdoor on: none of the training's files may have it.
+        files = [row, *(r for r in rows if r.configuration == row.configuration and r.compression != row.compression)]
+        rates = [r.backdoor(name, "attack_success_rate").value for r in files for name in _own_triggers(r)]
         if not rates or any(rate is None or rate > SUCCEEDS for rate in rates):
             return False
     return gap is not None and gap.value >= -WITHSTOOD

@@ -118,7 +118,8 @@ class DivideAndConquer(Rule):
 class FlTrust(Rule):
     """The mean of the updates, trusted as far as they point where the server's own does (Cao et al. 2021).
 
-    The server trains on a few images of its own in every round. Nothing is assumed of the number of attackers.
+    The server trains on a few images of its own in every round. Nothing is assumed of the number of attackers; the
+    statistics of batch norm, which it does not judge, are medians, and need more honest clients than others.
 
     Attributes:
         before: What happens to the updates before the rule looks at them; None: nothing.
