@@ -261,6 +261,19 @@ def test_drawn_coordinates_are_spread_over_all_of_many():
     assert sorted(outliers._drawn(50, 10_000, torch.Generator()).tolist()) == list(range(50))
 
 
+@pytest.mark.parametrize("num_coordinates", [3, 10, P])
+def test_divide_and_conquer_looks_at_a_few_coordinates_at_a_time(num_coordinates):
+    """Rows that lie far out in most coordinates are found whichever are drawn; so says a naive twin of the same."""
+    rule = DivideAndConquer(num_byzantine=F, num_coordinates=num_coordinates, rounds=3)
+    for seed in range(10):
+        matrix, same = rows(seed), torch.Generator().manual_seed(seed)
+        drawn = [outliers._drawn(P, num_coordinates, same).numpy() for _ in range(rule.rounds)]
+        expected = naive.divide_and_conquer(matrix, F, drawn)
+        np.testing.assert_allclose(applied(rule, matrix, seed=seed)[0], expected, atol=1e-5)
+        matrix[N - F :] = 1e3
+        np.testing.assert_allclose(applied(rule, matrix, seed=seed)[0], matrix[: N - F].mean(0), atol=1e-5)
+
+
 @every_rule
 def test_columns_at_a_time_change_nothing(rule, monkeypatch):
     whole, _ = applied(rule, rows())

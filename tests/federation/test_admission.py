@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,21 +11,38 @@ import torch
 
 from helpers.tiny_federation import DP, tiny_federation, trained_state
 from trilemma.federation import round as federated_round
-from trilemma.federation.admission import PLAUSIBLE, digest, why_implausible, why_malformed, why_old
+from trilemma.federation.admission import (
+    PLAUSIBLE,
+    digest,
+    why_implausible,
+    why_malformed,
+    why_no_sum_of_counts,
+    why_old,
+)
+from trilemma.federation.aggregation.specs import AggregationSpec
 from trilemma.federation.local_training import LocalResult
 from trilemma.federation.server import aggregate
 from trilemma.federation.training import initial_state
 from trilemma.models.vector import variances
 
 FOUR = {"partition": {"kind": "iid", "num_clients": 4}, "local": {"batch_size": 8, "steps": 1}}
+#: Every rule; some need more updates than the others.
 RULES = [
     {"kind": "mean"},
     {"kind": "median"},
-    {"kind": "krum", "num_byzantine": 1},
+    {"kind": "trimmed_mean", "num_byzantine": 1},
     {"kind": "geometric_median"},
+    {"kind": "krum", "num_byzantine": 1},
+    {"kind": "multi_krum", "num_byzantine": 1},
+    {"kind": "bulyan", "num_byzantine": 1},
+    {"kind": "norm_clipping", "bound": 1.0},
     {"kind": "centred_clipping", "radius": 1.0},
+    {"kind": "divide_and_conquer", "num_byzantine": 1},
+    {"kind": "fltrust", "num_images": 5},
     {"kind": "foolsgold"},
+    {"kind": "robust_learning_rate", "threshold": 2},
 ]
+EVERY_RULE = get_args(get_args(AggregationSpec)[0])
 GENERATED = 10_000
 
 ONE_STEP = {"batch_size": 4, "steps": 1, "momentum": 0}
@@ -58,6 +76,9 @@ def test_each_flaw_is_named():
     assert "statistics" in too_long(result_of(update_P, torch.full((3,), 1e30)), state)
     for dtype in (torch.float64, torch.complex64, torch.int64, torch.bool):
         assert f"of the type {str(dtype)[6:]}" in why_malformed(result_of(update_P.to(dtype)), state)
+    for odd in (None, update_P.to_sparse(), update_P.to("meta"), [0.01]):
+        assert why_malformed(result_of(odd), state) == "is no dense array of numbers"
+    assert "graph" in why_malformed(result_of(update_P.clone().requires_grad_()), state)
     mask = torch.tensor([False, True])
     assert why_implausible(result_of(update_P, torch.tensor([-1.0, 1.0])), state, mask) == ""
     assert "negative variance" in why_implausible(result_of(update_P, torch.tensor([1.0, -1.0])), state, mask)
@@ -111,6 +132,43 @@ def test_a_count_for_the_common_clip_that_is_no_number_is_named(count):
     assert "no finite number" in why_malformed(sound._replace(noised_count=count), state)
 
 
+@pytest.mark.parametrize("count", [1e6, -1e30])
+def test_counts_for_the_common_clip_that_honest_clients_do_not_come_to_move_nothing_and_are_told(count):
+    adaptive = {"kind": "adaptive", "count_noise": 1.1}
+    privacy = {**DP, "noise_multiplier": 1.4, "clipping": adaptive, "trust": "distributed"}
+    federation = tiny_federation(privacy=privacy, local=ONE_STEP)
+    state = initial_state(federation)
+    honest = LocalResult(torch.full_like(state.params_P, 1e-3), state.buffers_Q, 0.0, {}, noised_count=2.0)
+    results = {client.name: honest for client in federation.clients}
+    sound = aggregate(federation, list(federation.clients), results, state)
+    assert sound.clips and not sound.refused and sound.update_P is not None
+    results[federation.clients[1].name] = honest._replace(noised_count=count)
+    found = aggregate(federation, list(federation.clients), results, state)
+    assert found.update_P is None and found.clips == dict(state.clips) and not found.used
+    assert "the secure sum holds a count for the common clip of" in found.refused and not found.left_out
+
+
+def test_honest_counts_are_let_in_however_the_noise_falls():
+    draws = np.random.default_rng(0)
+    sizes, noise = draws.poisson(30, 10_000), draws.normal(0, 2.0, 10_000)
+    for sign in (-0.5, 0.5):
+        assert not any(why_no_sum_of_counts(sign * n + z, 30.0, 2.0) for n, z in zip(sizes, noise, strict=True))
+    assert why_no_sum_of_counts(70.0, 30.0, 2.0) and why_no_sum_of_counts(-70.0, 30.0, 2.0)
+
+
+@pytest.mark.parametrize("factor", [1e8, 1e12])
+def test_a_hospital_that_says_it_holds_more_images_than_there_are_is_left_out_by_name(factor):
+    lies = {"kind": "inflated_count", "num_malicious": 1, "factor": factor}
+    fields = {**FOUR, "algorithm": {"kind": "fedavg", "weights": "records"}, "rounds": 1}
+    federation = tiny_federation(**fields, threat=lies)
+    state = trained_state(federation)
+    liar = federation.clients[-1].name
+    assert list(state.history[0]["left_out"]) == [liar] and "holds" in state.history[0]["left_out"][liar]
+    plain = tiny_federation(**fields)
+    without = trained_state(replace(plain, clients=plain.clients[:3]))
+    assert torch.equal(state.params_P, without.params_P)
+
+
 def test_a_rule_that_leaves_no_update_standing_says_so():
     fields = {"partition": {"kind": "iid", "num_clients": 4}, "aggregation": {"kind": "fltrust", "num_images": 5}}
     federation = tiny_federation(**fields)
@@ -143,6 +201,7 @@ def test_ten_thousand_malformed_updates_crash_nothing_move_nothing_and_are_all_r
     draws, seen, turn, expected = np.random.default_rng(0), 0, 0, {}
     eight = {**FOUR, "partition": {"kind": "iid", "num_clients": 8}}
     eight["model"] = {"kind": "resnet9", "width": 4, "norm": "batch"}
+    assert {rule["kind"] for rule in RULES} == {get_args(s.model_fields["kind"].annotation)[0] for s in EVERY_RULE}
     federations = [tiny_federation(**eight, aggregation=rule) for rule in RULES]
     state = initial_state(federations[0])
     room = PLAUSIBLE * float(state.params_P.norm()) * 1.01
@@ -153,18 +212,18 @@ def test_ten_thousand_malformed_updates_crash_nothing_move_nothing_and_are_all_r
         federation = federations[turn % len(RULES)]
         clients, case = list(federation.clients), (turn % len(RULES), turn % 5)
         updates = torch.randn(8, len(state.params_P), generator=torch.Generator().manual_seed(case[1])) * 0.01
+        root_P = updates[:2].sum(0) if federation.spec.aggregation.kind == "fltrust" else None
         results = {client.name: result_of(updates[i], good_Q) for i, client in enumerate(clients)}
-        # Krum of one attacker needs five updates: one client more is honest in its rounds.
-        num_sound = 5 if federation.spec.aggregation.kind == "krum" else 4
+        num_sound = max(4, federation.spec.aggregation.least_rows)
         sound, bad = clients[:num_sound], clients[num_sound:]
         for client in bad:
             broken = draws.random() < 0.2
             update_P = updates[0] if broken else flawed(draws, updates[0], earlier, room)
             buffers_Q = flawed_statistics(draws, good_Q, variances_Q) if broken else good_Q
             results[client.name] = result_of(update_P, buffers_Q)
-        found = aggregate(federation, clients, results, state)
+        found = aggregate(federation, clients, results, state, root_P)
         if case not in expected:
-            expected[case] = aggregate(federation, sound, {c.name: results[c.name] for c in sound}, state)
+            expected[case] = aggregate(federation, sound, {c.name: results[c.name] for c in sound}, state, root_P)
         assert torch.equal(found.update_P, expected[case].update_P)
         assert torch.equal(found.buffers_Q, expected[case].buffers_Q)
         assert set(found.left_out) == {client.name for client in bad} and all(found.left_out.values())

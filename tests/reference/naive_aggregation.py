@@ -48,6 +48,17 @@ def bulyan(rows, f):
     return np.array(around)
 
 
+def divide_and_conquer(rows, f, draws_of_coordinates):
+    """Algorithm 2 of the paper: of each draw the f rows that lie farthest along the first right singular vector go."""
+    good = set(range(len(rows)))
+    for chosen in draws_of_coordinates:
+        centred = rows[:, chosen] - rows[:, chosen].mean(0)
+        direction = np.linalg.svd(centred)[2][0]
+        outlying = (centred @ direction) ** 2
+        good -= set(np.argsort(-outlying, kind="stable")[:f].tolist())
+    return rows[sorted(good)].mean(0)
+
+
 def geometric_median(rows, weights, steps=20000):
     """By subgradient-free Weiszfeld in the rows' own space."""
     point = weights @ rows

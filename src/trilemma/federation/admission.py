@@ -13,6 +13,10 @@ from trilemma.federation.state import TrainingState
 PLAUSIBLE = 10.0
 #: The same of batch norm's statistics, which start at 0 and 1 and may have to go far.
 PLAUSIBLE_BUFFERS = 1e4
+#: No hospital holds more images than this.
+MOST_RECORDS = 1e9
+#: The noise of a sum of counts may be so many standard deviations out, which chance does not reach.
+FAR_OUT = 10.0
 
 
 def why_malformed(result: LocalResult, state: TrainingState) -> str:
@@ -20,6 +24,10 @@ def why_malformed(result: LocalResult, state: TrainingState) -> str:
     if result.damaged:
         return result.damaged
     for sent, expected in ((result.update_P, state.params_P), (result.buffers_Q, state.buffers_Q)):
+        if not isinstance(sent, Tensor) or sent.layout != torch.strided or sent.device.type == "meta":
+            return "is no dense array of numbers"
+        if sent.requires_grad:
+            return "comes with a graph of gradients"
         if sent.shape != expected.shape:
             return f"has the shape {tuple(sent.shape)} and not {tuple(expected.shape)}"
         if sent.dtype != expected.dtype:
@@ -53,6 +61,25 @@ def why_old(result: LocalResult, state: TrainingState) -> str:
     if bool(result.update_P.any()) and digest(result.update_P) in state.seen:
         return "is an earlier update again"
     return ""
+
+
+def why_no_count(told: float) -> str:
+    """Returns why a client cannot hold as many images as it says, or ""."""
+    return "" if told <= MOST_RECORDS else f"is from a hospital that says that it holds {told:.3g} images"
+
+
+def why_no_sum_of_counts(total: float, expected: float, deviation: float) -> str:
+    """Returns why a secure sum of centred counts can come from no honest clients, or "" where it can.
+
+    Args:
+        total: Of the counts of norms below the clip less those above it, halved, with noise.
+        expected: How many units the clients sample together, in the mean.
+        deviation: Of the noise of all clients together, at most.
+    """
+    most = (expected + FAR_OUT * expected**0.5) / 2 + FAR_OUT * deviation
+    if abs(total) <= most:
+        return ""
+    return f"holds a count for the common clip of {total:.3g}, and honest ones come to {most:.3g} at most"
 
 
 def is_too_long(update_P: Tensor, state: TrainingState) -> bool:

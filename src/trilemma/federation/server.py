@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from trilemma.data.records import Records
-from trilemma.federation.admission import is_too_long, why_implausible, why_malformed, why_old
+from trilemma.federation.admission import (
+    is_too_long,
+    why_implausible,
+    why_malformed,
+    why_no_count,
+    why_no_sum_of_counts,
+    why_old,
+)
 from trilemma.federation.aggregation.coordinates import coordinate_median
 from trilemma.federation.aggregation.rule import Memory, Received
 from trilemma.federation.aggregation.rule_spec import Rule
@@ -93,7 +100,7 @@ def aggregate(
     """
     spec = federation.spec
     distributed, hidden = isinstance(spec.privacy, DpSgd) and spec.privacy.trust == "distributed", ""
-    left_out = {name: why for name, result in results.items() if (why := _why_left_out(federation, result, state))}
+    left_out = {c.name: why for c in chosen if (why := _why_left_out(federation, c, results[c.name], state))}
     sound = [client for client in chosen if client.name not in left_out]
     if federation.plan is not None:
         return _noised_by_server(federation, federation.plan, sound, results, state)
@@ -102,6 +109,8 @@ def aggregate(
         # hidden.
         hidden = f"the secure sum {next(iter(left_out.values()))}; who sent that, it does not show"
         sound, left_out = [], {}
+    elif distributed and (why := _why_no_counts(chosen, results)):
+        hidden, sound = f"the secure sum {why}", []
     clips = _moved_together(chosen, results, state) if distributed and sound else dict(state.clips)
     clips |= {c.name: clip for c in chosen if not distributed and (clip := results[c.name].clip) is not None}
     nothing = Aggregated(None, state.buffers_Q, clips, [], state.memory, "", left_out)
@@ -134,9 +143,11 @@ def sees_single_updates(spec: TrainSpec) -> bool:
     return isinstance(spec.algorithm, FedAvg) and not hidden
 
 
-def _why_left_out(federation: Federation, result: LocalResult, state: TrainingState) -> str:
+def _why_left_out(federation: Federation, client: Client, result: LocalResult, state: TrainingState) -> str:
     """Returns why an update may not enter, or ""."""
-    malformed = why_malformed(result, state)
+    algorithm = federation.spec.algorithm
+    counted = isinstance(algorithm, FedAvg) and algorithm.weights == "records"
+    malformed = why_malformed(result, state) or (why_no_count(client.weight) if counted else "")
     if malformed or not sees_single_updates(federation.spec):
         return malformed
     variances_Q = variances(federation.classifier).to(result.update_P.device)
@@ -231,6 +242,18 @@ def _moved_together(chosen: list[Client], results: dict[str, LocalResult], state
     plan = chosen[0].plan
     if plan is None or plan.adaptation is None:
         return dict(state.clips)
-    counts = [result.noised_count for result in results.values() if result.noised_count is not None]
     clip = state.clips.get(EVERYBODY, plan.adaptation.first_clip)
-    return {EVERYBODY: plan.adaptation.moved(clip, sum(counts), plan.denominator * len(chosen))}
+    return {EVERYBODY: plan.adaptation.moved(clip, _sum_of_counts(results), plan.denominator * len(chosen))}
+
+
+def _why_no_counts(chosen: list[Client], results: dict[str, LocalResult]) -> str:
+    """Returns why the secure sum of the counts that move the common clip can be none, or ""."""
+    plan = chosen[0].plan if chosen else None
+    if plan is None or plan.adaptation is None:
+        return ""
+    deviation = plan.adaptation.count_noise * (len(chosen) / plan.num_honest) ** 0.5
+    return why_no_sum_of_counts(_sum_of_counts(results), plan.denominator * len(chosen), deviation)
+
+
+def _sum_of_counts(results: dict[str, LocalResult]) -> float:
+    return sum(result.noised_count for result in results.values() if result.noised_count is not None)

@@ -228,7 +228,7 @@ class InflatedCount(Threat):
 
     kind: Literal["inflated_count"] = "inflated_count"
     when: None = None  # pyright: ignore[reportIncompatibleVariableOverride] - it can only be left out here
-    factor: float = Field(default=100.0, gt=1)
+    factor: float = Field(default=100.0, gt=1, le=1e12)
     share: float = Field(default=1.0, gt=0, le=1)
 
     @property
