@@ -11,31 +11,23 @@ numbers on every processor.
 """
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trilemma.compression.calibration import ACTIVATION_LEVELS, Range, RangeRule, Watched, grid_of, observe
 from trilemma.compression.folding import fold_batch_norms
 from trilemma.models.classifier import Classifier
 
 #: Largest absolute level of a weight; see above.
 WEIGHT_LEVELS = 64
-#: Levels of an activation: uint8.
-ACTIVATION_LEVELS = 255
 #: Largest absolute level of a bias, far enough from the end of int32 to leave room for the sum it is added to.
 BIAS_LEVELS = 2**28
 
 _SMALLEST_SCALE = 1e-12
-_CALIBRATION_BATCH = 64
 _FOLDING_IMAGES = 2
-
-
-class Range(NamedTuple):
-    """The smallest and largest finite value that a tensor took during calibration."""
-
-    low: float
-    high: float
+_NEVER_REACHED = Watched(Range(0.0, 1.0), Range(0.0, 1.0))
 
 
 class ActivationGrid(nn.Module):
@@ -55,10 +47,9 @@ class ActivationGrid(nn.Module):
 
     def fit(self, observed: Range) -> None:
         """Sets the scale so that the levels span the observed range and zero, which is always a level."""
-        low, high = min(observed.low, 0.0), max(observed.high, 0.0)
-        scale = (high - low) / ACTIVATION_LEVELS or 1.0
-        self.scale.fill_(max(scale, _SMALLEST_SCALE))
-        self.zero_point.fill_(min(max(round(-low / float(self.scale)), 0), ACTIVATION_LEVELS))
+        scale, zero_point = grid_of(observed)
+        self.scale.fill_(scale)
+        self.zero_point.fill_(zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the nearest level of every value."""
@@ -112,7 +103,9 @@ class QuantLinear(nn.Linear):
         return self.output_grid(nn.functional.linear(self.input_grid(input), _weight(self), self.bias))
 
 
-def quantise(classifier: Classifier, calibration_x: Tensor) -> Classifier:
+def quantise(
+    classifier: Classifier, calibration_x: Tensor, rule: RangeRule = "min_max", percentile: float = 99.99
+) -> Classifier:
     """Returns an int8 twin of a classifier: convolutions and linear layers rounded, all else in float.
 
     A non-finite weight becomes zero, as int8 has no other way to hold it; non-finite activations are left out of
@@ -120,7 +113,9 @@ def quantise(classifier: Classifier, calibration_x: Tensor) -> Classifier:
 
     Args:
         classifier: The network; unchanged. Its batch norms are folded where that is possible.
-        calibration_x: Images (N, C, H, W) in [0, 1], N at least 1, whose activations set the ranges (min-max).
+        calibration_x: Images (N, C, H, W) in [0, 1], N at least 1, whose activations set the ranges.
+        rule: How they do; see `observe`.
+        percentile: For the rule "percentile".
 
     Raises:
         ValueError: Without a calibration image.
@@ -129,14 +124,14 @@ def quantise(classifier: Classifier, calibration_x: Tensor) -> Classifier:
         raise ValueError("int8 needs at least one image to calibrate on.")
     folded = copy.deepcopy(classifier).eval()
     fold_batch_norms(folded, calibration_x[:_FOLDING_IMAGES].to(classifier.device))
-    ranges = _observe(folded, calibration_x)
+    ranges = observe(folded, {layer for _, layer in _layers(folded)}, calibration_x, rule, percentile)
     twin = quantised_skeleton(folded)
     quantised = dict(twin.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for name, layer in _layers(folded):
             fitted = quantised[name]
             assert isinstance(fitted, (QuantConv2d, QuantLinear))
-            inside, outside = ranges.get(id(layer), (Range(0.0, 1.0), Range(0.0, 1.0)))
+            inside, outside = ranges.get(id(layer), _NEVER_REACHED)
             fitted.input_grid.fit(inside)
             fitted.output_grid.fit(outside)
             _fit_weights(fitted, layer)
@@ -190,38 +185,6 @@ def _weight(layer: QuantConv2d | QuantLinear) -> Tensor:
         return layer.weight
     zero_points = torch.zeros_like(layer.weight_scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(layer.weight, layer.weight_scale, zero_points, 0, -128, 127)
-
-
-def _observe(classifier: Classifier, calibration_x: Tensor) -> dict[int, tuple[Range, Range]]:
-    """Returns the range of every layer's input and output over the calibration images, by the layer's identity."""
-    seen: dict[int, list[tuple[Range, Range]]] = {}
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.setdefault(id(module), []).append((_finite_range(inputs[0]), _finite_range(output)))
-
-    handles = [layer.register_forward_hook(record) for layer in {layer for _, layer in _layers(classifier)}]
-    try:
-        with torch.no_grad():
-            for batch in calibration_x.split(_CALIBRATION_BATCH):
-                classifier(batch.to(classifier.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {layer: (_union([r for r, _ in pairs]), _union([r for _, r in pairs])) for layer, pairs in seen.items()}
-
-
-def _finite_range(x: Tensor) -> Range:
-    low, high = torch.aminmax(x)
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        finite = x[torch.isfinite(x)]
-        if not finite.numel():
-            return Range(0.0, 0.0)
-        low, high = torch.aminmax(finite)
-    return Range(float(low), float(high))
-
-
-def _union(ranges: list[Range]) -> Range:
-    return Range(min(r.low for r in ranges), max(r.high for r in ranges))
 
 
 def _fit_weights(quantised: QuantConv2d | QuantLinear, layer: nn.Conv2d | nn.Linear) -> None:

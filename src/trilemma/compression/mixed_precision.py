@@ -1,0 +1,73 @@
+"""How many bits each layer's weights get, by what few bits of it do to the answers, under a budget of bytes.
+
+Layers differ: the first and the last of a network usually need more (Dong et al. 2019). What a layer needs is measured:
+its weights alone are stored in few bits, and the logits compared. Layers then get more bits in the order of what a byte
+buys, until the budget is spent.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from trilemma.compression.stored_weights import Bits, store, store_weights
+from trilemma.models.classifier import Classifier
+
+#: What a layer may be given, cheapest first.
+CHOICES: tuple[Bits, ...] = (4, 8, 16)
+_BATCH = 64
+
+
+def bits_by_sensitivity(
+    classifier: Classifier, names: list[str], x_NCHW: Tensor, budget_bytes: int, group_size: int
+) -> dict[str, Bits]:
+    """Returns the bits of each weight: as little harm as the budget allows, one upgrade after the other.
+
+    Args:
+        classifier: The network in evaluation mode.
+        names: Of the weights.
+        x_NCHW: Images whose logits tell the harm.
+        budget_bytes: For levels and scales of these weights together.
+        group_size: For 4 bits.
+
+    Raises:
+        ValueError: If 4 bits everywhere are more than the budget; it names the least.
+    """
+    sizes = {name: _sizes(classifier.get_parameter(name), group_size) for name in names}
+    chosen: dict[str, Bits] = dict.fromkeys(names, CHOICES[0])
+    spent = sum(sizes[name][CHOICES[0]] for name in names)
+    if spent > budget_bytes:
+        raise ValueError(f"4 bits for every weight take {spent} bytes, and the budget is {budget_bytes}.")
+    exact_NK = _logits(classifier, x_NCHW)
+    harm = {name: _harm(classifier, name, x_NCHW, exact_NK, group_size) for name in names}
+    while True:
+        upgrades = []
+        for position, name in enumerate(names):
+            for better in CHOICES[CHOICES.index(chosen[name]) + 1 :]:
+                more = sizes[name][better] - sizes[name][chosen[name]]
+                gain = harm[name][chosen[name]] - harm[name][better]
+                if gain > 0 and spent + more <= budget_bytes:
+                    upgrades.append((gain / max(more, 1), -position, name, better, more))
+        if not upgrades:
+            return chosen
+        _, _, name, better, more = max(upgrades)
+        chosen[name], spent = better, spent + more
+
+
+def _sizes(weight: Tensor, group_size: int) -> dict[Bits, int]:
+    return {bits: store(weight, bits, group_size if bits == 4 else None).num_bytes for bits in CHOICES}
+
+
+def _harm(
+    classifier: Classifier, name: str, x_NCHW: Tensor, exact_NK: Tensor, group_size: int
+) -> dict[Bits, float]:
+    """Returns the mean squared change of the logits when one weight is stored in few bits."""
+    found: dict[Bits, float] = {}
+    for bits in CHOICES:
+        logits_NK = _logits(store_weights(classifier, {name: bits}, group_size), x_NCHW)
+        found[bits] = float((logits_NK - exact_NK).double().square().mean())
+    return found
+
+
+@torch.no_grad()
+def _logits(classifier: nn.Module, x_NCHW: Tensor) -> Tensor:
+    device = next(classifier.parameters()).device
+    return torch.cat([classifier(batch.to(device)).cpu() for batch in x_NCHW.split(_BATCH)])
