@@ -167,9 +167,14 @@ PRIVATE = [
 @pytest.mark.parametrize("fields", PRIVATE, ids=["local", "distributed", "client"])
 def test_privacy_is_paid_before_and_nobody_is_told_who_took_part(fields, codec):
     fields = {**fields, "partition": {"kind": "iid", "num_clients": 8}, "rounds": 2}
-    state = trained_state(tiny_federation(**fields, downlink=codec))
-    plain = trained_state(tiny_federation(**fields))
-    assert state.private_steps == plain.private_steps and not torch.equal(state.params_P, plain.params_P)
+    federation = tiny_federation(**fields, downlink=codec)
+    start = initial_state(federation)
+    first = run_round(federation, start)
+    state = run_round(federation, first)
+    assert state.private_steps == trained_state(tiny_federation(**fields)).private_steps
+    assert bool(state.unsaid_down) == (codec != INT8)
+    if codec == TOP:  # noise alone would change every parameter
+        assert 0 < int((first.params_P != start.params_P).sum()) <= 0.051 * len(start.params_P)
     told = {"clients", "bytes_up", "bytes_down", "bytes_up_by_client", "bytes_down_by_client", "change_bytes"}
     secret = fields["privacy"].get("unit") == "client"
     assert all(told & set(row) == (set() if secret else told) for row in state.history)
@@ -186,7 +191,7 @@ FEDERATIONS = [tiny_federation(**SHORT, downlink=codec) for codec in CODECS]
 
 
 @pytest.mark.parametrize("federation", FEDERATIONS, ids=lambda federation: federation.spec.downlink.label)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     seed=st.integers(0, 9999), lengths=st.lists(st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 1e3]), min_size=2, max_size=4)
 )
