@@ -194,6 +194,8 @@ def _section(name: str, annotation: Any, nested: dict[tuple[Kind, ...], str]) ->
     members = kinds(annotation)
     if not members:
         return []
+    if (home := _home(members)) and home != name:  # two fields may be of the same kinds
+        return [f"## {name}", f"What it may be stands under [{home}](#{home.replace('.', '')})."]
     parts = [f"## {name}"]
     for spec, kind in members:
         if kind:

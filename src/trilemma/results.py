@@ -20,7 +20,8 @@ class Run:
         varied: Grid field -> label of its value, such as {"privacy": "DP epsilon 8", "defence": "none"}.
         seed: The study's seed.
         spec: The resolved TrainSpec as JSON.
-        history: One dict per round: {"round", "loss", "val_accuracy", "bytes_up", "bytes_down", "seconds"}.
+        history: One dict per round: {"round", "loss", "val_accuracy", "bytes_up", "bytes_down", "seconds"} and others;
+            docs/store.md has them all. Rounds of earlier versions lack some.
         guarantee: What may be claimed of its model.
         provenance: Versions, git revision, CPU flags, device, threads, as JSON.
         seconds: Wall time of the training, over all its resumptions; None where it would tell how many hospitals were

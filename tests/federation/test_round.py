@@ -255,11 +255,13 @@ def test_history_says_what_happened_and_what_was_sent():
     assert state.buffers_Q.numel() > 0
     for index, row in enumerate(state.history):
         assert row.keys() == {
-            "round", "clients", "dropped", "loss", "val_accuracy", "val_loss", "bytes_up", "bytes_down", "seconds"
+            "round", "clients", "dropped", "loss", "val_accuracy", "val_loss", "bytes_up", "bytes_down",
+            "bytes_up_by_client", "bytes_down_by_client", "seconds"
         }  # fmt: skip
         assert row["round"] == index + 1
         assert len(row["clients"]) == 2
         assert row["bytes_up"] == row["bytes_down"] == 4 * numbers * 2
+        assert row["bytes_up_by_client"] == row["bytes_down_by_client"] == dict.fromkeys(row["clients"], 4 * numbers)
         assert row["seconds"] > 0
         assert 0 <= row["val_accuracy"] <= 1
         assert row["val_loss"] > 0

@@ -227,6 +227,7 @@ CHANGES = [
         {"kind": "dense"}, {"kind": "dense", "numbers": "int4"}, {"kind": "dense", "error_feedback": True},
         {"kind": "top_k"}, {"kind": "top_k", "share": 0.5}, {"kind": "random_k"}, {"kind": "random_projection"},
         {"kind": "power_sgd"}, {"kind": "power_sgd", "rank": 3})),
+    *(("downlink", codec) for codec in ({"kind": "dense"}, {"kind": "dense", "numbers": "int4"}, {"kind": "top_k"})),
     ("rounds", 4),
     ("seed", 1),
 ]  # fmt: skip
@@ -243,7 +244,7 @@ def test_class_shares_that_are_not_given_leave_a_key_alone():
     """They came later: whoever does not use them keeps the results of a version without them."""
     spec = TrainSpec.model_validate(SPEC)
     dumped = spec.model_dump(mode="json")
-    assert "class_shares" not in dumped["local"] and "early_stopping" not in dumped
+    assert "class_shares" not in dumped["local"] and "early_stopping" not in dumped and "downlink" not in dumped
     assert TrainSpec.model_validate({**SPEC, "local": {**SPEC["local"], "class_shares": None}}).key == spec.key
     given = TrainSpec.model_validate({**SPEC, "local": {**SPEC["local"], "class_shares": [0.5, 0.3, 0.2]}})
     assert given.model_dump(mode="json")["local"]["class_shares"] == [0.5, 0.3, 0.2]

@@ -77,6 +77,20 @@ def why_no_codec(spec: "TrainSpec") -> str:
     return ""
 
 
+def why_no_downlink(spec: "TrainSpec") -> str:
+    """Returns why there is no model to send down; empty where there is one, or nobody asks how it is written.
+
+    Under differential privacy nothing is refused: what comes down, and what the server remembers of it, is made of
+    models that are released, and of nothing else.
+    """
+    if spec.downlink is None or spec.algorithm.kind in ("fedavg", "fedprox"):
+        return ""
+    return (
+        f"downlink says how a server sends its model down, and algorithm '{spec.algorithm.kind}' has no server; leave "
+        "it out of base and give it to the federated trainings, in grid.downlink or a bundle of the grid"
+    )
+
+
 def why_no_such_threat(spec: "TrainSpec") -> str:
     """Returns why a threat cannot act in a training; empty where it can."""
     threat, federated = spec.threat, spec.algorithm.kind in ("fedavg", "fedprox")

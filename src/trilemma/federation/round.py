@@ -11,6 +11,7 @@ from torch import Tensor
 from trilemma.data.records import Records
 from trilemma.federation.admission import digest
 from trilemma.federation.clients import Client, participants
+from trilemma.federation.downlink import bytes_down, come_down
 from trilemma.federation.early_stopping import best_so_far, look
 from trilemma.federation.local_training import LocalResult, drawn_records, load_model, local_train
 from trilemma.federation.malice import forged
@@ -19,7 +20,7 @@ from trilemma.federation.server import Aggregated, Federation, aggregate, sees_s
 from trilemma.federation.specs import Averaging, FedAvg
 from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.federation.streams import private_generator
-from trilemma.federation.wire import Arrived, bytes_down, sent
+from trilemma.federation.wire import Arrived, sent
 from trilemma.models.classifier import Classifier
 from trilemma.privacy.specs import DpSgd
 
@@ -38,10 +39,11 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     params_P, server = state.params_P, state.server
     if aggregated.update_P is not None:
         params_P, server = server_step(spec, params_P, aggregated.update_P, server)
-    average_P, average_Q = averaged(spec.averaging, state, params_P, aggregated.buffers_Q)
+    down = come_down(federation, state, params_P, aggregated.buffers_Q)
+    average_P, average_Q = averaged(spec.averaging, state, down.params_P, aggregated.buffers_Q)
     following = TrainingState(
         state.round + 1,
-        params_P,
+        down.params_P,
         aggregated.buffers_Q,
         server,
         private_steps=_charged(federation, chosen, state),
@@ -50,6 +52,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
         plot=plot,
         seen=(*state.seen, *_digests(federation, results, aggregated)),
         unsaid=arrived.unsaid,
+        unsaid_down=down.unsaid,
         average_P=average_P,
         average_Q=average_Q,
         pretraining_seconds=state.pretraining_seconds,
@@ -61,6 +64,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     if federation.plan is None:  # where it must stay secret who took part, a row must not tell
         row |= _of_the_clients(federation, arrived, aggregated, state)
         row |= {"refused": aggregated.refused} if aggregated.refused else {}
+        row |= {"change_bytes": down.change_bytes} if down.change_bytes is not None else {}
     kept = dict(state.clients)
     if not isinstance(spec.algorithm, FedAvg):
         kept |= {client.name: results[client.name].optimizer_state for client in aggregated.used}
@@ -86,13 +90,16 @@ def _of_the_clients(
     privacy, results = federation.spec.privacy, arrived.results
     chosen = [client for client in federation.clients if client.name in results]
     no_noise_of_its_own = isinstance(privacy, DpSgd) and privacy.noise == "system"
+    received = bytes_down(federation, chosen, state)
     return {
         "clients": [client.name for client in chosen],
         "dropped": [client.name for client in chosen if client not in aggregated.used],
         **({"left_out": dict(aggregated.left_out)} if aggregated.left_out else {}),
         "loss": None if no_noise_of_its_own else mean_loss([result.loss for result in results.values()]),
         "bytes_up": sum(arrived.bytes_up.values()),
-        "bytes_down": bytes_down(federation, state) * len(chosen),
+        "bytes_down": sum(received.values()),
+        "bytes_up_by_client": dict(arrived.bytes_up),
+        "bytes_down_by_client": received,
     }
 
 

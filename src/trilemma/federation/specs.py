@@ -10,7 +10,14 @@ from trilemma.data.specs import DataSpec, Iid, PartitionSpec, Phantom
 from trilemma.federation.aggregation.specs import AggregationSpec, Mean
 from trilemma.federation.codecs.specs import CodecSpec
 from trilemma.federation.optimizers import Optimizer, adam, sgd
-from trilemma.federation.refusals import why_no_codec, why_no_looks, why_no_root, why_no_such_threat, why_unsound
+from trilemma.federation.refusals import (
+    why_no_codec,
+    why_no_downlink,
+    why_no_looks,
+    why_no_root,
+    why_no_such_threat,
+    why_unsound,
+)
 from trilemma.models.specs import ModelSpec, Resnet9
 from trilemma.privacy.specs import NoPrivacy, PrivacySpec
 from trilemma.robustness.objective import Objective
@@ -323,6 +330,8 @@ class TrainSpec(Spec):
         privacy: Differential privacy.
         threat: What malicious clients do at training time.
         codec: How updates are written for the network; None: in float32.
+        downlink: How the model's change in a round is written on its way down; everybody, the server included, goes on
+            from what was written. None: the whole model comes down in every round, in float32.
         rounds: Rounds of the federation; epochs of training pass by `local`.
         seed: Of everything random.
     """
@@ -341,6 +350,7 @@ class TrainSpec(Spec):
     privacy: PrivacySpec = NoPrivacy()
     threat: ThreatSpec = NoThreat()
     codec: CodecSpec | None = None
+    downlink: CodecSpec | None = None
     rounds: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0)
 
@@ -369,7 +379,7 @@ class TrainSpec(Spec):
     @model_validator(mode="after")
     def _privacy_is_sound(self) -> "TrainSpec":
         reason = why_unsound(self) or why_no_looks(self) or why_no_root(self) or why_no_such_threat(self)
-        reason = reason or why_no_codec(self)
+        reason = reason or why_no_codec(self) or why_no_downlink(self)
         if reason:
             raise ValueError(reason)
         return self

@@ -19,7 +19,7 @@ class TrainingState:
 
     Attributes:
         round: Rounds that ended.
-        params_P: Trainable parameters of the server's model.
+        params_P: Trainable parameters of the model that everybody holds.
         buffers_Q: Its floating-point buffers (batch-norm statistics).
         server: State of the server's optimizer.
         clients: Client name -> state of its optimizer, where it outlives the round (the baselines).
@@ -30,6 +30,7 @@ class TrainingState:
         plot: What the malicious clients remember.
         seen: Digests of the updates that were let in so far, by which a replayed one is known.
         unsaid: Client name -> what it remembers of what its codec could not say.
+        unsaid_down: What the server remembers of what the codec for the way down could not say.
         average_P: Moving average of the parameters, where the training makes one and a round has ended.
         average_Q: The same of the buffers: batch norm's statistics must fit the parameters.
         best_P: Parameters of the best look so far, where looks choose the model (early stopping).
@@ -50,6 +51,7 @@ class TrainingState:
     plot: dict[str, Tensor] = field(default_factory=dict)
     seen: tuple[str, ...] = ()
     unsaid: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    unsaid_down: dict[str, Tensor] = field(default_factory=dict)
     average_P: Tensor | None = None
     average_Q: Tensor | None = None
     best_P: Tensor | None = None
@@ -93,6 +95,7 @@ class TrainingState:
         tensors |= {f"server/{name}": value for name, value in self.server.items()}
         tensors |= {f"aggregation/{name}": value for name, value in self.memory.items()}
         tensors |= {f"threat/{name}": value for name, value in self.plot.items()}
+        tensors |= {f"downlink/{name}": value for name, value in self.unsaid_down.items()}
         for client, memory in self.unsaid.items():
             tensors |= {f"codec/{client}/{name}": value for name, value in memory.items()}
         for client, state in self.clients.items():
@@ -121,6 +124,7 @@ class TrainingState:
         memory: dict[str, Tensor] = {}
         plot: dict[str, Tensor] = {}
         unsaid: dict[str, dict[str, Tensor]] = {}
+        unsaid_down: dict[str, Tensor] = {}
         for name, value in tensors.items():
             kind, _, rest = name.partition("/")
             # A step count stays on the CPU, where it is read; all else goes where the model is.
@@ -131,6 +135,8 @@ class TrainingState:
                 memory[rest] = value
             elif kind == "threat":
                 plot[rest] = value
+            elif kind == "downlink":
+                unsaid_down[rest] = value
             elif kind == "codec":
                 client, _, part = rest.rpartition("/")
                 unsaid.setdefault(client, {})[part] = value
@@ -148,6 +154,7 @@ class TrainingState:
             memory=memory,
             plot=plot,
             unsaid=unsaid,
+            unsaid_down=unsaid_down,
             seen=tuple(json.loads(texts.get("seen", "[]"))),
             clips=json.loads(texts.get("clips", "{}")),  # none adapted where a checkpoint does not have them
             average_P=tensors["average"].to(device) if "average" in tensors else None,

@@ -16,7 +16,8 @@ from trilemma.federation.state import TrainingState
 from trilemma.models.vector import shapes
 from trilemma.randomness import generator
 
-_FLOAT_BYTES = 4
+#: Of a number in float32.
+FLOAT_BYTES = 4
 
 
 class Arrived(NamedTuple):
@@ -59,11 +60,28 @@ def sent(
     return Arrived(arrived, bytes_up, unsaid)
 
 
-def bytes_down(federation: Federation, state: TrainingState) -> int:
-    """Returns the bytes that each client of a round receives: the model in float32."""
-    if not isinstance(federation.spec.algorithm, FedAvg):
-        return 0
-    return _FLOAT_BYTES * (state.params_P.numel() + state.buffers_Q.numel())
+def opened(codec: Codec, frame: bytes, sizes: Shapes, num_buffers: int) -> tuple[Tensor, Tensor]:
+    """Returns what was written in a frame: an update or a change, and the statistics, both float32 on a CPU.
+
+    Raises:
+        ValueError: If it is damaged; the text says how.
+    """
+    payload = unseal(frame, codec.number, codec.largest(sizes) + FLOAT_BYTES * num_buffers)
+    end = len(payload) - FLOAT_BYTES * num_buffers
+    if end < 0:
+        raise ValueError(f"is {len(payload)} bytes long, and the statistics alone are {-end} more")
+    buffers_Q = torch.from_numpy(np.frombuffer(payload, "<f4", offset=end).astype(np.float32))
+    return codec.decode(payload[:end], sizes), buffers_Q
+
+
+def floats(values: Tensor) -> bytes:
+    """Returns numbers as they are, in float32."""
+    return values.detach().cpu().numpy().astype("<f4").tobytes()
+
+
+def whole_bytes(state: TrainingState) -> int:
+    """Returns the bytes of a model, or of an update, in float32, its statistics included."""
+    return FLOAT_BYTES * (state.params_P.numel() + state.buffers_Q.numel())
 
 
 def _plain_bytes(federation: Federation, client: Client, state: TrainingState) -> int:
@@ -74,7 +92,7 @@ def _plain_bytes(federation: Federation, client: Client, state: TrainingState) -
     if isinstance(algorithm, Centralised):
         images = sum(shard.records.images_NCHW.nbytes for shard in client.shards)
         return images if state.round == 0 else 0
-    return _FLOAT_BYTES * (state.params_P.numel() + state.buffers_Q.numel())
+    return whole_bytes(state)
 
 
 def _framed(
@@ -89,8 +107,8 @@ def _framed(
         payload, kept = codec.encode(result.update_P, {} if again else memory, draws, sizes)
         memory = memory if again else kept
     else:
-        payload = _floats(result.update_P)  # an attacker may send what no codec has written
-    frame = seal(payload + _floats(result.buffers_Q), codec.number)
+        payload = floats(result.update_P)  # an attacker may send what no codec has written
+    frame = seal(payload + floats(result.buffers_Q), codec.number)
     if acts:
         frame = spec.threat.garbled(frame)
     return frame, dict(memory)
@@ -98,19 +116,9 @@ def _framed(
 
 def _opened(codec: Codec, frame: bytes, result: LocalResult, state: TrainingState, sizes: Shapes) -> LocalResult:
     """Returns what the server reads in a frame."""
-    num_buffers = state.buffers_Q.numel()
     try:
-        payload = unseal(frame, codec.number, codec.largest(sizes) + _FLOAT_BYTES * num_buffers)
-        end = len(payload) - _FLOAT_BYTES * num_buffers
-        if end < 0:
-            raise ValueError(f"is {len(payload)} bytes long, and the statistics alone are {-end} more")
-        update_P = codec.decode(payload[:end], sizes).to(state.params_P)
-        buffers_Q = torch.from_numpy(np.frombuffer(payload, "<f4", offset=end).astype(np.float32)).to(state.buffers_Q)
+        update_P, buffers_Q = opened(codec, frame, sizes, state.buffers_Q.numel())
     except ValueError as error:
         nothing_P = torch.zeros_like(state.params_P)
         return result._replace(update_P=nothing_P, buffers_Q=state.buffers_Q, damaged=f"came in a frame that {error}")
-    return result._replace(update_P=update_P, buffers_Q=buffers_Q)
-
-
-def _floats(values: Tensor) -> bytes:
-    return values.detach().cpu().numpy().astype("<f4").tobytes()
+    return result._replace(update_P=update_P.to(state.params_P), buffers_Q=buffers_Q.to(state.buffers_Q))

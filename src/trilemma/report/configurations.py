@@ -13,6 +13,7 @@ from trilemma.report.cells import WORST, Cell, by_seed, hospitals, is_alone, mea
 from trilemma.report.claims import TIME_IS_SECRET, Claim, claim_of
 from trilemma.report.estimates import Estimate, estimate, exact
 from trilemma.report.flags import Flag, flags_of
+from trilemma.report.sent import UNSENT, Traffic, traffic_of
 from trilemma.results import Artefact, DataFacts, Evaluated, Results, Run
 
 #: Fields of a training that a study may tune per configuration without changing what is compared.
@@ -20,8 +21,6 @@ _TUNING = frozenset({"local", "rounds", "server", "aggregation", "averaging", "p
 
 #: Label of a model as it was trained.
 UNCOMPRESSED = "fp32"
-#: Why nothing is known of the traffic.
-UNSENT = "no round recorded what it sent"
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,11 @@ class Row:
         latency_1: Seconds for one image; the interval holds quartiles.
         latency_32: Seconds for 32 images.
         bytes_per_round: Sent up and down by all clients together.
-        sent_up: Bytes of one hospital in one round, to the server, and
-        sent_down: from it.
         training_seconds: Per seed, over all hospitals that trained alone.
         constant: One phrase per seed whose model gives every image the same answer.
         labels: Axis -> label of this configuration's value, such as {"threat": "sign flip 4x by 2 clients"}.
         triggered: Backdoor that was looked for -> metric -> estimate.
+        traffic: What its hospitals sent and received, one by one.
         diagnosed: Every sign of robustness that is not there, looked for in every training, raised or not.
     """
 
@@ -73,8 +71,7 @@ class Row:
     constant: tuple[str, ...]
     labels: dict[str, str] = field(default_factory=dict)
     triggered: dict[str, dict[str, Estimate]] = field(default_factory=dict)
-    sent_up: Estimate = Estimate(reason=UNSENT)
-    sent_down: Estimate = Estimate(reason=UNSENT)
+    traffic: Traffic = Traffic()
     diagnosed: tuple[Flag, ...] = ()
 
     @property
@@ -283,9 +280,8 @@ def _row(cells: list[Cell], data: tuple[DataFacts, ...]) -> Row:
         file_bytes=exact((c.run.seed, float(c.artefact.file_bytes)) for c in cells),
         latency_1=_cost(cells, "latency_batch1_seconds"),
         latency_32=_cost(cells, "latency_batch32_seconds"),
-        bytes_per_round=_traffic(cells),
-        sent_up=_each("bytes_up", cells),
-        sent_down=_each("bytes_down", cells),
+        bytes_per_round=_bytes_per_round(cells),
+        traffic=traffic_of(cells),
         training_seconds=_training_seconds(cells),
         constant=tuple(phrase for cell in cells if (phrase := _constant(cell, data))),
         labels=first.labels,
@@ -345,22 +341,12 @@ def _cost(cells: list[Cell], metric: str) -> Estimate:
     return estimate((cell.run.seed, m) for cell in cells for m in measured(cell, "cost") if m.metric == metric)
 
 
-def _traffic(cells: list[Cell]) -> Estimate:
+def _bytes_per_round(cells: list[Cell]) -> Estimate:
     per_seed = []
     for seed, same in by_seed(cells).items():
         rounds = [r for cell in same for r in cell.run.history if r.get("bytes_up") is not None]
         if rounds:
             per_seed.append((seed, sum(r["bytes_up"] + (r.get("bytes_down") or 0) for r in rounds) / len(rounds)))
-    return exact(per_seed, reason=UNSENT)
-
-
-def _each(direction: str, cells: list[Cell]) -> Estimate:
-    """Returns the bytes of one hospital in one round."""
-    per_seed = []
-    for seed, same in by_seed(cells).items():
-        rounds = [r for cell in same for r in cell.run.history if r.get(direction) is not None and r.get("clients")]
-        if rounds:
-            per_seed.append((seed, sum(r[direction] for r in rounds) / sum(len(r["clients"]) for r in rounds)))
     return exact(per_seed, reason=UNSENT)
 
 

@@ -12,7 +12,7 @@ from trilemma.report.datasets import data_of
 from trilemma.report.figures import Figure
 from trilemma.report.markup import Content, Html, tag
 from trilemma.report.poisoning import poisoning_section_parts
-from trilemma.report.traffic import traffic_rows, traffic_table
+from trilemma.report.traffic import seconds_table, traffic_rows, traffic_table
 from trilemma.report.transfer import transfer_matrices
 from trilemma.results import Artefact, DataFacts, Example, Results
 
@@ -106,8 +106,12 @@ def traffic_section(rows: Sequence[Row], by: Headline) -> Html | None:
     """Returns what crosses the network, or None in a study without a codec."""
     if not traffic_rows(rows):
         return None
-    lead = "Updates of this study are written for the network by a codec; rules of aggregation see what was read."
-    return section("traffic", "Network", tag("p", lead), traffic_table(rows, by))
+    lead = (
+        "Updates of this study, or the changes of its models, are written for the network by a codec. Rules of "
+        "aggregation see the updates that were read, and every hospital and the server go on from the change that was "
+        "read."
+    )
+    return section("traffic", "Network", tag("p", lead), traffic_table(rows, by), seconds_table(rows))
 
 
 def _left_out(rows: Sequence[Row], evaluation: str) -> str:

@@ -9,6 +9,7 @@ from trilemma.report import numbers
 from trilemma.report.configurations import UNCOMPRESSED, Headline, Row
 from trilemma.report.estimates import Estimate
 from trilemma.report.markup import Html, tag
+from trilemma.report.sent import Sent
 from trilemma.report.tables import Notes, amount_cell, header, rate_cell, table
 
 #: Lines for which the time of a round is simulated, in bits per second.
@@ -17,58 +18,79 @@ LINES = {"10 Mbit/s": 10e6, "1 Gbit/s": 1e9}
 
 def traffic_rows(rows: Sequence[Row]) -> list[Row]:
     """Returns the federated trainings of a study, where one of them has a codec, before any compression."""
-    federated = [row for row in rows if row.compression == UNCOMPRESSED and row.sent_down.value]
-    return federated if any(row.spec.get("codec") for row in federated) else []
+    federated = [row for row in rows if row.compression == UNCOMPRESSED and row.traffic.down.mean.value]
+    coded = any(row.spec.get(field) for row in federated for field in ("codec", "downlink"))
+    return federated if coded else []
 
 
-def seconds(row: Row, bits_per_second: float) -> float | None:
-    """Returns how long a hospital's line takes for a round: down, then up, without the line's own delay."""
-    if row.sent_up.value is None or row.sent_down.value is None:
+def seconds(sent: Sent, bits_per_second: float) -> Estimate:
+    """Returns how long a round takes one way: hospitals send at the same time, and the slowest is waited for.
+
+    The line's own delay is left out, and so is that of a server whose line all of them share.
+    """
+    if sent.slowest.value is None:
+        return sent.slowest
+    return Estimate(8 * sent.slowest.value / bits_per_second, reason="")
+
+
+def fewer(row: Row, sent: Sent) -> float | None:
+    """Returns how many times more bytes one way would be in float32, in the mean over hospitals and rounds."""
+    if not sent.mean.value or row.traffic.whole.value is None:
         return None
-    return 8 * (row.sent_up.value + row.sent_down.value) / bits_per_second
-
-
-def fewer(row: Row) -> float | None:
-    """Returns how many times more bytes the update would have in float32, as the model has on its way down."""
-    if not row.sent_up.value or row.sent_down.value is None:
-        return None
-    return row.sent_down.value / row.sent_up.value
+    return row.traffic.whole.value / sent.mean.value
 
 
 def traffic_table(rows: Sequence[Row], by: Headline) -> Html:
-    """Returns bytes and seconds of every federated training beside what its model is worth."""
+    """Returns the bytes of every federated training beside what its model is worth."""
     notes, body = Notes("note-traffic"), []
     for row in traffic_rows(rows):
-        ratio = fewer(row)
-        body.append(
-            tag(
-                "tr",
-                tag("th", row.configuration, scope="row"),
-                tag("td", codec_label(row), class_="text"),
-                amount_cell(row.sent_up, numbers.byte_size, notes),
+        cells = []
+        for sent, field in ((row.traffic.up, "codec"), (row.traffic.down, "downlink")):
+            ratio = fewer(row, sent)
+            cells += [
+                tag("td", codec_label(row, field), class_="text"),
+                amount_cell(sent.mean, numbers.byte_size, notes),
+                amount_cell(sent.largest, numbers.byte_size, notes),
                 tag("td", numbers.NO_VALUE if ratio is None else f"{ratio:.3g}"),
-                amount_cell(row.sent_down, numbers.byte_size, notes),
-                *(amount_cell(_once(seconds(row, rate)), numbers.duration, notes) for rate in LINES.values()),
-                rate_cell(by.utility, row.metric(by.utility), notes),
-            )
-        )
-    titles = ["configuration", "codec", "up", "times fewer", "down", *LINES, numbers.metric_title(by.utility)]
+            ]
+        total = amount_cell(row.traffic.total, numbers.byte_size, notes)
+        utility = rate_cell(by.utility, row.metric(by.utility), notes)
+        body.append(tag("tr", tag("th", row.configuration, scope="row"), *cells, total, utility))
+    one_way = ["mean", "largest", "times fewer"]
+    titles = ["configuration", "up", *one_way, "down", *one_way, "in all", numbers.metric_title(by.utility)]
     return table(traffic_caption(), [header(titles)], body, notes)
 
 
 def traffic_caption() -> str:
-    """Returns what the table of traffic shows."""
+    """Returns what the table of bytes shows."""
     return (
-        "Bytes of one hospital in one round, up as they were framed and down in float32; how many times fewer than "
-        "float32 go up; and how long a round takes on a line, down and then up, computed from the bytes alone."
+        "Bytes of one hospital in one round, each way: how they are written, their mean over hospitals and rounds, the "
+        "largest, and how many times fewer the mean is than the model in float32. In all: both ways, of all hospitals "
+        "in all rounds. The first time a hospital takes part, the whole model comes down to it."
     )
 
 
-def codec_label(row: Row) -> str:
-    """Returns what a training's updates were written with."""
-    codec = row.spec.get("codec")
+def seconds_table(rows: Sequence[Row]) -> Html:
+    """Returns how long lines take for a round of every federated training."""
+    notes, body = Notes("note-seconds"), []
+    for row in traffic_rows(rows):
+        times = [seconds(sent, rate) for rate in LINES.values() for sent in (row.traffic.up, row.traffic.down)]
+        cells = [amount_cell(time, numbers.duration, notes) for time in times]
+        body.append(tag("tr", tag("th", row.configuration, scope="row"), *cells))
+    titles = [f"{way}, {line}" for line in LINES for way in ("up", "down")]
+    return table(seconds_caption(), [header(["configuration", *titles])], body, notes)
+
+
+def seconds_caption() -> str:
+    """Returns what the table of seconds shows."""
+    return (
+        "How long the hospitals of a round send or receive, each on a line of its own and all at the same time: the "
+        "time of the slowest, in the mean over rounds, computed from its bytes alone. Where only the sum of a round "
+        "was recorded, hospitals count as equal."
+    )
+
+
+def codec_label(row: Row, field: str = "codec") -> str:
+    """Returns what a training's updates (`codec`) or its model's changes (`downlink`) were written with."""
+    codec = row.spec.get(field)
     return TypeAdapter(CodecSpec).validate_python(codec).label if codec else "float32"
-
-
-def _once(value: float | None) -> Estimate:
-    return Estimate(value, reason="" if value is not None else "no round recorded what it sent")

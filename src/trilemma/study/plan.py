@@ -236,7 +236,8 @@ def _in_file(place: str, origin: dict[str, str]) -> str:
 
 def _label(spec: TrainSpec, field: str) -> str:
     value = getattr(spec, field)
-    return value.label if hasattr(value, "label") else f"{field} {value}"
+    label = value.label if hasattr(value, "label") else f"{field} {value}"
+    return f"{label} down" if field == "downlink" else label  # updates may be written in the same way
 
 
 def _is_none(spec: TrainSpec, field: str) -> bool:
