@@ -59,17 +59,12 @@ class _Net(nn.Module):
 
 
 def _viewed(net, h):
-    h = net.conv2(h)
-    return h.view(h.shape[0], 8, 8, 8)
+    return net.conv2(h).mean(dim=(2, 3)).view(-1, 8, 1, 1)
 
 
 def _attended(net, h):
     a = net.conv2(h).flatten(2)
     return (a @ a.transpose(1, 2) @ a).reshape(h.shape)
-
-
-def _twice_in_two_ways(net, h):
-    return net.conv2(h) * net.wide(net.conv2(h)).sum()
 
 
 FREEZING = {
@@ -78,8 +73,12 @@ FREEZING = {
     "a product over channels": (_attended, {}),
     "a softmax over channels": (lambda net, h: F.softmax(net.conv2(h) + h, dim=1), {}),
     "a mean over channels": (lambda net, h: net.conv2(h) * h.mean(dim=1, keepdim=True) * h, {}),
+    "nothing but a mean over channels": (
+        lambda net, h: (net.conv2(h) + h).mean(dim=1, keepdim=True),
+        {"channels": 1},
+    ),
     "a mean over everything": (lambda net, h: net.conv2(h) * h.mean() * h, {}),
-    "a reshape with a number": (lambda net, h: _viewed(net, h) + h, {}),
+    "a reshape with a number": (lambda net, h: _viewed(net, h) * h, {}),
     "a parameter of the network's own": (lambda net, h: net.conv2(h) + net.scale * h, {}),
     "a number made of the channels": (lambda net, h: (net.conv2(h) + h) * h.shape[1], {}),
     "a grouped convolution": (lambda net, h: net.group(net.conv2(h)) + h, {"group": nn.Conv2d(8, 8, 1, groups=2)}),
@@ -134,17 +133,30 @@ def test_what_works_on_each_channel_alone_joins_and_keeps(between):
     assert small.module.linear.in_features == small.module.conv1.out_channels < 8
 
 
-def test_a_layer_that_is_once_called_in_a_way_that_is_not_understood_stays_in_all_calls():
-    def between(net, h):
-        pooled = h.mean(dim=(2, 3))
-        known = net.both(pooled)
-        return net.conv2(h) * (known + net.both(h.movedim(1, -1)).sum(dim=(1, 2)))[:, :1, None, None]
+def test_what_one_layer_reads_in_two_places_is_one_space():
+    net = _Net(lambda net, h: net.conv2(h) + net.conv2(net.third(h)), third=nn.Conv2d(8, 8, 1))
+    spaces = channel_spaces(Classifier(net, 2).eval(), IMAGE)
+    assert spaces.layers["module.third"] == (spaces.layers["module.conv1"][1],) * 2
+    assert [space.size for space in spaces.spaces if not space.frozen] == [8, 8]
+    prune_channels(Classifier(net, 2).eval(), 0.5, IMAGE)
 
-    classifier = Classifier(_Net(between, both=nn.Linear(8, 8)), 2).eval()
-    spaces = channel_spaces(classifier, IMAGE)
-    read, written = spaces.layers["module.both"]
-    assert spaces.spaces[read].frozen
-    assert spaces.spaces[written].frozen
+
+class _TwoWays(nn.Module):
+    """A linear layer on channels, and once more on the lines of a picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.both, self.linear = nn.Conv2d(1, 8, 3), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        pooled = self.both(self.conv(x).amax(dim=(2, 3)))
+        return self.linear(torch.relu(pooled)) + self.both(x).mean(dim=(1, 2))[:, :2]
+
+
+def test_a_layer_that_is_once_called_in_a_way_that_is_not_understood_stays_in_all_calls():
+    spaces = channel_spaces(Classifier(_TwoWays(), 2).eval(), IMAGE)
+    assert all(space.frozen for space in spaces.spaces)
+    assert "module.both" in spaces.layers
 
 
 def test_layers_that_share_a_weight_stay():

@@ -121,6 +121,9 @@ def test_the_small_network_is_the_whole_one_without_what_left(spec, share):
     assert multiply_adds(small, shape) <= share * multiply_adds(classifier, shape)
     assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
     assert small.state_dict().keys() == before.keys()
+    for layer in small.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert layer.num_features == len(layer.weight) == len(layer.running_mean)
 
 
 def test_a_network_with_gates_is_pruned_too():
@@ -257,18 +260,40 @@ def test_an_impossible_share_is_refused(share):
         prune_channels(chain(), share, IMAGE)
 
 
-def test_both_writers_of_a_sum_are_asked():
+def test_both_writers_of_a_sum_are_asked_in_their_own_scale():
     network = _TwoNorms()
     network.first = network.second = nn.Identity()
     with torch.no_grad():
         network.one.weight.fill_(1.0)
-        network.two.weight.fill_(1.0)
-        network.one.weight[3] = 0.0  # of no worth to one, of much to the other
-        network.two.weight[3] = 10.0
-        network.one.weight[7] = 0.5
+        network.two.weight.fill_(100.0)
+        network.one.weight[3], network.two.weight[3] = 0.0, 1000.0  # of no worth to one, of much to the other
+        network.two.weight[4] = 70.0  # 51 % less in one's share of squares
+        network.one.weight[7] = 0.5  # 75 % less
     small = prune_channels(Classifier(network, 2).eval(), 23 / 24, IMAGE)
-    assert small.module.one.weight.flatten(1)[:, 0].tolist() == [1.0] * 3 + [0.0] + [1.0] * 19
-    assert small.module.two.weight[3, 0, 0, 0].item() == 10.0
+    assert len(small.module.one.weight) == 23
+    assert small.module.one.weight.min() == 0
+    assert (small.module.one.weight == 0.5).sum() == 0
+    assert small.module.two.weight.max() == 1000
+
+
+def test_the_last_to_leave_is_the_one_that_comes_nearest():
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 1, bias=False),
+        nn.MaxPool2d(4),
+        nn.Conv2d(4, 4, 1),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    with torch.no_grad():
+        network[0].weight.copy_(
+            torch.tensor([1.0, 1e-3, 1.0, 1.0]).reshape(4, 1, 1, 1)
+        )  # each reads and writes 320 of 1288
+        network[2].weight.fill_(1.0)  # 66 each
+    classifier = Classifier(network, 2).eval()
+    assert multiply_adds(classifier, IMAGE) == 4 * 256 + 16 * 16 + 4 * 2
+    small = prune_channels(classifier, 0.96, IMAGE)
+    assert (small.module[0].out_channels, small.module[2].out_channels) == (4, 3)
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
@@ -326,3 +351,10 @@ def test_sizes_that_no_pruning_gives_are_refused(name, shape):
     classifier = Resnet9(width=8).make(1, 16, 2, 0)
     with pytest.raises(ValueError, match="cannot be pruned to it"):
         shrunken(classifier, state_shapes(classifier) | {name: torch.Size(shape)})
+
+
+def test_a_grouped_convolution_has_one_size():
+    classifier = Classifier(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten()), 2)
+    assert state_shapes(shrunken(classifier, state_shapes(classifier))) == state_shapes(classifier)
+    with pytest.raises(ValueError, match="cannot be pruned to it"):
+        shrunken(classifier, {"module.0.weight": torch.Size((2, 2, 3, 3))})

@@ -173,7 +173,7 @@ def _pieces(table: bytes, length: int) -> list[_Piece]:
     room = length - sum(piece.numbers * piece.width for piece in pieces)
     places = [0, *(piece.place for piece in pieces), room]
     sound = all(1 <= piece.width <= 16 and piece.non_zero <= piece.numbers for piece in pieces)
-    if not sound or room < 0 or places != sorted(places):
+    if not sound or places != sorted(places):
         raise ValueError("The packed model's table of tensors does not fit its ONNX file.")
     return pieces
 
