@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trilemma.compression.folding import fold_batch_norms
+from trilemma.compression.folding import fold_batch_norms, fold_weight_standardisation
 from trilemma.models.classifier import Classifier
 
 #: Largest absolute level of a weight; see above.
@@ -119,7 +119,7 @@ def quantise(classifier: Classifier, calibration_x: Tensor) -> Classifier:
     the observed ranges; a layer that calibration never reached keeps its input to [0, 1].
 
     Args:
-        classifier: The network; unchanged. Its batch norms are folded where that is possible.
+        classifier: The network; unchanged. Standardised weights are folded, and batch norms where that is possible.
         calibration_x: Images (N, C, H, W) in [0, 1], N at least 1, whose activations set the ranges (min-max).
 
     Raises:
@@ -128,6 +128,7 @@ def quantise(classifier: Classifier, calibration_x: Tensor) -> Classifier:
     if len(calibration_x) == 0:
         raise ValueError("int8 needs at least one image to calibrate on.")
     folded = copy.deepcopy(classifier).eval()
+    fold_weight_standardisation(folded)
     fold_batch_norms(folded, calibration_x[:_FOLDING_IMAGES].to(classifier.device))
     ranges = _observe(folded, calibration_x)
     twin = quantised_skeleton(folded)
@@ -146,6 +147,7 @@ def quantise(classifier: Classifier, calibration_x: Tensor) -> Classifier:
 def quantised_skeleton(classifier: Classifier) -> Classifier:
     """Returns a copy with the layers of an int8 twin and meaningless numbers, for a stored state to be loaded into."""
     twin = copy.deepcopy(classifier).eval()
+    fold_weight_standardisation(twin)
     replacements: dict[int, nn.Module] = {}  # a layer that stands in two places stays one layer
     for name, layer in list(_layers(twin)):
         if id(layer) not in replacements:

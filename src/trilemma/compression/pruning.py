@@ -5,13 +5,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from trilemma.compression.folding import fold_weight_standardisation
 from trilemma.models.classifier import Classifier
 
 
 def prune(classifier: Classifier, fraction: float) -> Classifier:
     """Returns a copy in which exactly the requested share of weights is zero, smallest magnitudes first.
 
-    One threshold for all weights of convolutions and linear layers together; biases and normalisation stay. Equal
+    One threshold for all weights of convolutions and linear layers together; biases and normalisation stay.
+    Standardised weights are folded first, so that their magnitudes are those that the network computes with. Equal
     magnitudes go in the order of the layers, so the result is always the same. It reads no image.
 
     Args:
@@ -24,6 +26,7 @@ def prune(classifier: Classifier, fraction: float) -> Classifier:
     if not 0 <= fraction <= 1:
         raise ValueError(f"The share of weights to prune must lie in [0, 1], not {fraction}.")
     pruned = copy.deepcopy(classifier)
+    fold_weight_standardisation(pruned)
     weights = _weights(pruned)
     if not weights:
         return pruned

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trilemma.compression.fake_quantisation import quantise, quantised_skeleton
+from trilemma.compression.folding import fold_weight_standardisation
 from trilemma.compression.pruning import prune
 from trilemma.models.classifier import Classifier
 from trilemma.spec import Spec
@@ -76,7 +77,9 @@ class MagnitudePruning(Spec):
 
     def skeleton(self, classifier: Classifier) -> Classifier:
         """Returns a network with the layers of `apply`'s, into which its stored state can be loaded."""
-        return copy.deepcopy(classifier)
+        skeleton = copy.deepcopy(classifier)
+        fold_weight_standardisation(skeleton)
+        return skeleton
 
 
 class Int8(Spec):
