@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from torch import nn
 from torch.jit._trace import TracerWarning
 
-from trilemma.compression.folding import is_identity
+from trilemma.compression.folding import fold_weight_standardisation, is_identity
 from trilemma.models.classifier import Classifier
 
 OPSET = 17
@@ -62,7 +62,8 @@ def export_onnx(
 
 
 def _prepared(network: Classifier) -> Classifier:
-    """Takes out the batch norms that were folded into their convolutions and writes "same" padding as numbers."""
+    """Folds standardised weights, takes out the batch norms that were folded, writes "same" padding as numbers."""
+    fold_weight_standardisation(network)
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if is_identity(module):
             parent, _, attribute = name.rpartition(".")

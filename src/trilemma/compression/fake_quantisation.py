@@ -10,14 +10,13 @@ bits, and 2 * 255 * 64 = 32640 is the largest sum of two that cannot saturate. O
 numbers on every processor.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trilemma.compression.calibration import ACTIVATION_LEVELS, Range, RangeRule, Watched, grid_of, observe
-from trilemma.compression.folding import fold_batch_norms
+from trilemma.compression.folding import fold_batch_norms, plain_copy
 from trilemma.models.classifier import Classifier
 
 #: Largest absolute level of a weight; see above.
@@ -112,7 +111,7 @@ def quantise(
     the observed ranges; a layer that calibration never reached keeps its input to [0, 1].
 
     Args:
-        classifier: The network; unchanged. Its batch norms are folded where that is possible.
+        classifier: The network; unchanged. Standardised weights are folded, and batch norms where that is possible.
         calibration_x: Images (N, C, H, W) in [0, 1], N at least 1, whose activations set the ranges.
         rule: How they do; see `observe`.
         percentile: For the rule "percentile".
@@ -122,7 +121,7 @@ def quantise(
     """
     if len(calibration_x) == 0:
         raise ValueError("int8 needs at least one image to calibrate on.")
-    folded = copy.deepcopy(classifier).eval()
+    folded = plain_copy(classifier).eval()
     fold_batch_norms(folded, calibration_x[:_FOLDING_IMAGES].to(classifier.device))
     ranges = observe(folded, {layer for _, layer in _layers(folded)}, calibration_x, rule, percentile)
     twin = quantised_skeleton(folded)
@@ -140,7 +139,7 @@ def quantise(
 
 def quantised_skeleton(classifier: Classifier) -> Classifier:
     """Returns a copy with the layers of an int8 twin and meaningless numbers, for a stored state to be loaded into."""
-    twin = copy.deepcopy(classifier).eval()
+    twin = plain_copy(classifier).eval()
     replacements: dict[int, nn.Module] = {}  # a layer that stands in two places stays one layer
     for name, layer in list(_layers(twin)):
         if id(layer) not in replacements:

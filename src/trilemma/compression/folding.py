@@ -1,16 +1,20 @@
-"""Folding of batch normalisation into the convolution before it, so that int8 inference has one operation for both.
+"""Folding of normalisations into convolutions, so that inference has one operation for both.
 
-In evaluation mode batch normalisation is a scale and a shift per channel: conv(x) * s + t = conv'(x) with weights
-w * s and bias b * s + t (Jacob et al., 2018, section 3.2). The folded layer stays in place as an exact identity, so
-that a network has the same state whether or not its layers could be folded; the export leaves identities out.
+A convolution with standardised weights is a plain one with other weights, and is replaced by it. Batch normalisation
+goes into the convolution before it: in evaluation mode it is a scale and a shift per channel, and conv(x) * s + t =
+conv'(x) with weights w * s and bias b * s + t (Jacob et al., 2018, section 3.2). The folded norm stays in place as an
+exact identity, so that a network has the same state whether or not its layers could be folded; the export leaves
+identities out.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trilemma.models.classifier import Classifier
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
 
 #: Largest change of a logit, relative to the largest logit, that float rounding may cause.
 _TOLERANCE = 1e-4
@@ -19,6 +23,33 @@ _TOLERANCE = 1e-4
 class _Pair(NamedTuple):
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
+
+
+def plain_copy(classifier: Classifier) -> Classifier:
+    """Returns a copy whose convolutions are plain ones: what every compression starts from."""
+    copied = copy.deepcopy(classifier)
+    fold_weight_standardisation(copied)
+    return copied
+
+
+def fold_weight_standardisation(classifier: Classifier) -> int:
+    """Replaces every convolution with standardised weights by the plain one that it is, in place.
+
+    Args:
+        classifier: The network; changed in place. Its state then names no gains any more.
+
+    Returns:
+        The number of replaced layers; a layer that stands in two places is one, and stays one.
+    """
+    replacements: dict[int, nn.Conv2d] = {}
+    for name, layer in list(classifier.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, WeightStandardisedConv2d):
+            continue
+        if id(layer) not in replacements:
+            replacements[id(layer)] = layer.folded()
+        parent, _, attribute = name.rpartition(".")
+        setattr(classifier.get_submodule(parent), attribute, replacements[id(layer)])
+    return len(replacements)
 
 
 def fold_batch_norms(classifier: Classifier, x_BCHW: Tensor) -> int:

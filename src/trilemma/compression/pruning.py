@@ -1,10 +1,9 @@
 """Weights become zero where they are smallest: of the whole network, or of every few in a row."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
+from trilemma.compression.folding import plain_copy
 from trilemma.models.classifier import Classifier
 
 
@@ -12,8 +11,9 @@ def prune(classifier: Classifier, fraction: float) -> Classifier:
     """Returns a copy in which exactly the requested share of weights is zero, smallest magnitudes first.
 
     Global magnitude pruning (Han et al., 2015): one threshold for all weights of convolutions and linear layers
-    together; biases and normalisation stay. Equal magnitudes go in the order of the layers, so the result is always
-    the same. It reads no image.
+    together; biases and normalisation stay. Standardised weights are folded first, so that their magnitudes are those
+    that the network computes with. Equal magnitudes go in the order of the layers, so the result is always the same. It
+    reads no image.
 
     Args:
         classifier: The network; unchanged.
@@ -22,7 +22,7 @@ def prune(classifier: Classifier, fraction: float) -> Classifier:
     Raises:
         ValueError: For a share outside [0, 1].
     """
-    pruned = copy.deepcopy(classifier)
+    pruned = plain_copy(classifier)
     weights = _weights(pruned)
     with torch.no_grad():
         weights_P = torch.cat([weight.flatten() for weight in weights]) if weights else torch.empty(0)
@@ -87,7 +87,7 @@ def prune_n_of_m(classifier: Classifier, n: int, m: int) -> Classifier:
     """
     if not 1 <= n <= m:
         raise ValueError(f"Of every m = {m} weights, n = {n} cannot stay: n must lie between 1 and m.")
-    pruned = copy.deepcopy(classifier)
+    pruned = plain_copy(classifier)
     with torch.no_grad():
         for weight in _weights(pruned):
             inner_last = weight.movedim(1, -1)

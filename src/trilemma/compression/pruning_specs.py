@@ -32,7 +32,7 @@ class MagnitudePruning(Step):
 
     def apply(self, classifier: Classifier, material: Material) -> Classifier:
         """Returns a pruned copy."""
-        return prune(plain_copy(classifier), self.sparsity)
+        return prune(classifier, self.sparsity)
 
 
 class NOfM(Step):
@@ -62,7 +62,7 @@ class NOfM(Step):
 
     def apply(self, classifier: Classifier, material: Material) -> Classifier:
         """Returns a pruned copy."""
-        return prune_n_of_m(plain_copy(classifier), self.n, self.m)
+        return prune_n_of_m(classifier, self.n, self.m)
 
 
 class ChannelPruning(Step):

@@ -1,20 +1,21 @@
 """What a study may say about fewer bits."""
 
-import copy
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from trilemma.compression.calibration import RangeRule
 from trilemma.compression.fake_quantisation import quantise, quantised_skeleton
 from trilemma.compression.folding import fold_batch_norms, plain_copy
 from trilemma.compression.mixed_precision import bits_by_sensitivity
 from trilemma.compression.step import Looks, Material, Source, Step, weight_names
-from trilemma.compression.stored_weights import Bits, StoredWeights, store_weights
+from trilemma.compression.stored_weights import Bits, empty_places, store_weights
 from trilemma.data.specs import DataSpec
 from trilemma.models.classifier import Classifier
+from trilemma.randomness import generator
 
 
 class _Calibrated(Step):
@@ -134,7 +135,7 @@ class Int4(_FewBits):
 
     def apply(self, classifier: Classifier, material: Material) -> Classifier:
         """Returns a network whose weights lie on their grids."""
-        return _in_bits(classifier, material, lambda folded: dict.fromkeys(weight_names(folded), 4), self.group_size)
+        return _in_bits(classifier, material, _every(4), self.group_size)
 
 
 class BFloat16(_FewBits):
@@ -149,7 +150,7 @@ class BFloat16(_FewBits):
 
     def apply(self, classifier: Classifier, material: Material) -> Classifier:
         """Returns a network of rounded weights."""
-        return _in_bits(classifier, material, lambda folded: dict.fromkeys(weight_names(folded), 16), 1)
+        return _in_bits(classifier, material, _every(16), 1)
 
 
 class MixedPrecision(_Calibrated):
@@ -198,9 +199,26 @@ class MixedPrecision(_Calibrated):
         return _with_places(classifier, stored)
 
 
-def _in_bits(classifier: Classifier, material: Material, bits_of: Any, group_size: int) -> Classifier:
-    """Returns the network with its batch norms folded and its weights stored in the bits that are chosen for it."""
+def _in_bits(
+    classifier: Classifier, material: Material, bits_of: Callable[[Classifier], dict[str, Bits]], group_size: int
+) -> Classifier:
+    """Returns the network with its norms folded and its weights stored in the bits that are chosen for it."""
     folded = plain_copy(classifier).eval()
-    grey = 0.5 + 0.5 * _ramp(material.image_shape)
-    fold_batch_norms(folded, grey.to(classifier.device))
+    draws = generator(material.seed, "folding")
+    fold_batch_norms(folded, torch.rand(2, *material.image_shape, generator=draws).to(classifier.device))
     return store_weights(folded, bits_of(folded), group_size)
+
+
+def _with_places(classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    """Returns the network with places for levels and scales, and for the biases that folding gave its layers."""
+    twin = plain_copy(classifier).eval()
+    for name, layer in twin.named_modules():
+        bias_C = stored.get(f"{name}.bias")
+        if isinstance(layer, nn.Conv2d) and layer.bias is None and bias_C is not None:
+            layer.bias = nn.Parameter(torch.zeros_like(bias_C))
+    twin.stored = empty_places(stored)
+    return twin
+
+
+def _every(bits: Bits) -> Callable[[Classifier], dict[str, Bits]]:
+    return lambda folded: dict.fromkeys(weight_names(folded), bits)

@@ -1,20 +1,20 @@
 """What a study may say about compression."""
 
 import copy
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from trilemma.compression.fake_quantisation import quantise, quantised_skeleton
-from trilemma.compression.pruning import prune
+from trilemma.compression.distillation_specs import Distillation
+from trilemma.compression.pruning_specs import ChannelPruning, MagnitudePruning, NOfM
+from trilemma.compression.quantisation_specs import BFloat16, Int4, Int8, MixedPrecision
+from trilemma.compression.step import Looks, Material, Step
 from trilemma.models.classifier import Classifier
-from trilemma.spec import Spec
-
-_PRIVATE_SPLITS = {"train": "the training images", "val": "the validation images"}
 
 
-class NoCompression(Spec):
+class NoCompression(Step):
     """The float32 model as it was trained."""
 
     kind: Literal["none"] = "none"
@@ -24,103 +24,92 @@ class NoCompression(Spec):
         """Returns the text for tables."""
         return "fp32"
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Returns whether `apply` needs images."""
-        return False
-
-    @property
-    def private_data(self) -> str | None:
-        """Returns which private data it reads, as a phrase, or None."""
-        return None
-
-    def apply(self, classifier: Classifier, calibration_x: Tensor | None = None) -> Classifier:
+    def apply(self, classifier: Classifier, material: Material) -> Classifier:
         """Returns the classifier itself."""
         return classifier
 
-    def skeleton(self, classifier: Classifier) -> Classifier:
-        """Returns a network with the layers of `apply`'s, into which its stored state can be loaded."""
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+        """Returns a copy."""
         return copy.deepcopy(classifier)
 
 
-class MagnitudePruning(Spec):
-    """Sets the smallest weights of the whole network to zero (Han et al., 2015); no image is read.
+StepSpec = Annotated[
+    MagnitudePruning | NOfM | ChannelPruning | Distillation | Int8 | Int4 | BFloat16 | MixedPrecision,
+    Field(discriminator="kind"),
+]
 
-    The weights are stored densely, so the file keeps its size: what it buys is sparsity, not bytes.
+
+class Chain(Step):
+    """Several steps, one after the other: prune, then distil, then quantise.
+
+    What one of them does to a guarantee, all that follow inherit.
 
     Attributes:
-        sparsity: Share of the convolution and linear weights to set to zero, between 0 and 1.
+        steps: In this order; one that stores weights in fewer bits can only be the last.
     """
 
-    kind: Literal["prune"] = "prune"
-    sparsity: float = Field(default=0.5, gt=0, lt=1)
+    kind: Literal["chain"] = "chain"
+    steps: tuple[StepSpec, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _floats_to_the_end(self) -> "Chain":
+        for step in self.steps[:-1]:
+            if step.last:
+                raise ValueError(f"'{step.kind}' leaves no network of floats to the steps after it; put it last")
+        students = [number for number, step in enumerate(self.steps) if getattr(step, "student", None) is not None]
+        if students and students[-1]:
+            raise ValueError(
+                "a step before a student's distillation does nothing, for the student starts afresh; put it first"
+            )
+        return self
 
     @property
     def label(self) -> str:
         """Returns the text for tables."""
-        return f"pruned {100 * self.sparsity:.4g} %"
+        return " + ".join(step.label for step in self.steps)
 
     @property
-    def needs_calibration(self) -> bool:
-        """Returns whether `apply` needs images."""
-        return False
+    def looks(self) -> tuple[Looks, ...]:
+        """Returns the images that its steps look at."""
+        return tuple(look for step in self.steps for look in step.looks)
 
     @property
-    def private_data(self) -> str | None:
-        """Returns which private data it reads, as a phrase, or None."""
-        return None
-
-    def apply(self, classifier: Classifier, calibration_x: Tensor | None = None) -> Classifier:
-        """Returns a pruned copy."""
-        return prune(classifier, self.sparsity)
-
-    def skeleton(self, classifier: Classifier) -> Classifier:
-        """Returns a network with the layers of `apply`'s, into which its stored state can be loaded."""
-        return copy.deepcopy(classifier)
-
-
-class Int8(Spec):
-    """Post-training quantisation of weights and activations to 8 bits (Jacob et al., 2018).
-
-    Attributes:
-        calibration: Whose images set the activation ranges: "public" (phantoms), "train" or "val". The last two are
-            private: the ranges are raw extrema of private activations, so a privacy guarantee is void.
-        num_calibration: Number of calibration images, from 1 to 100000.
-    """
-
-    kind: Literal["int8"] = "int8"
-    calibration: Literal["public", "train", "val"] = "public"
-    num_calibration: int = Field(default=256, ge=1, le=100_000)
-
-    @property
-    def label(self) -> str:
-        """Returns the text for tables."""
-        return "int8" if self.calibration == "public" else f"int8 ({self.calibration} calibration)"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Returns whether `apply` needs images."""
-        return True
+    def last(self) -> bool:
+        """Returns whether its last step is."""
+        return self.steps[-1].last
 
     @property
     def private_data(self) -> str | None:
-        """Returns which private data it reads, as a phrase, or None."""
-        split = _PRIVATE_SPLITS.get(self.calibration)
-        return None if split is None else f"int8 calibration reads {split}"
+        """Returns which private data its steps read, as a phrase, or None."""
+        return "; ".join(step.private_data for step in self.steps if step.private_data) or None
 
-    def apply(self, classifier: Classifier, calibration_x: Tensor | None = None) -> Classifier:
-        """Returns the int8 twin.
+    def apply(self, classifier: Classifier, material: Material) -> Classifier:
+        """Returns what the last step makes of what the steps before it made.
 
         Raises:
-            ValueError: Without calibration images.
+            ValueError: If one of them cannot be applied.
         """
-        if calibration_x is None:
-            raise ValueError("int8 needs at least one image to calibrate on.")
-        return quantise(classifier, calibration_x[: self.num_calibration])
+        for step in self.steps:
+            classifier = step.apply(classifier, material)
+        return classifier
 
-    def skeleton(self, classifier: Classifier) -> Classifier:
-        """Returns a network with the layers of `apply`'s, into which its stored state can be loaded."""
-        return quantised_skeleton(classifier)
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+        """Returns a network with the layers that the last step leaves."""
+        for step in self.steps:
+            classifier = step.skeleton(classifier, stored)
+        return classifier
 
 
-CompressionSpec = Annotated[NoCompression | MagnitudePruning | Int8, Field(discriminator="kind")]
+CompressionSpec = Annotated[
+    NoCompression
+    | MagnitudePruning
+    | NOfM
+    | ChannelPruning
+    | Distillation
+    | Int8
+    | Int4
+    | BFloat16
+    | MixedPrecision
+    | Chain,
+    Field(discriminator="kind"),
+]

@@ -5,19 +5,19 @@ weights is an ordinary network whose weights lie on their grids, so it can be at
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from trilemma.compression.folding import fold_batch_norms
 from trilemma.models.classifier import Classifier
 
 Bits = Literal[4, 8, 16]
 
 #: Largest absolute level: symmetric, so that zero is a level and -w is stored as well as w.
 LEVELS = {4: 7, 8: 127}
-_FOLDING_IMAGES = 2
+_PREFIX = "stored."
 
 
 class Stored(NamedTuple):
@@ -78,28 +78,46 @@ def store(weight: Tensor, bits: Bits, group_size: int | None = None) -> Stored:
 class StoredWeights(nn.Module):
     """What a network's weights are stored as, beside the network: buffers that travel in its state.
 
-    Attributes:
-        names: Of the weights, in the network's order.
+    They are called by numbers, for a module's name may hold no dots: first the name of the weight, as bytes.
     """
 
     def __init__(self, stored: dict[str, Stored]):
         super().__init__()
-        self.names = tuple(stored)
-        for number, one in enumerate(stored.values()):
-            self.register_buffer(f"levels_{number}", one.levels_OGg)
+        for number, (name, one) in enumerate(stored.items()):
+            self.register_buffer(f"name_{number}", torch.tensor(list(name.encode()), dtype=torch.uint8))
+            self.register_buffer(f"bits_{number}", torch.tensor(one.bits))
             self.register_buffer(f"shape_{number}", torch.tensor(one.shape))
+            self.register_buffer(f"levels_{number}", one.levels_OGg)
             if one.scale_OG is not None:
                 self.register_buffer(f"scale_{number}", one.scale_OG)
-            self.register_buffer(f"bits_{number}", torch.tensor(one.bits))
 
     def read(self) -> dict[str, Stored]:
         """Returns name of a weight -> as it is stored."""
-        found = {}
-        for number, name in enumerate(self.names):
-            parts = {part: getattr(self, f"{part}_{number}", None) for part in ("levels", "scale", "bits", "shape")}
-            shape = torch.Size(parts["shape"].tolist())  # pyright: ignore[reportOptionalMemberAccess] - always there
-            found[name] = Stored(int(parts["bits"]), parts["levels"], parts["scale"], shape)  # type: ignore[arg-type]
+        buffers, found, number = dict(self.named_buffers()), {}, 0
+        while f"name_{number}" in buffers:
+            name, bits, shape, levels, scale = (
+                buffers.get(f"{part}_{number}") for part in ("name", "bits", "shape", "levels", "scale")
+            )
+            assert name is not None and bits is not None and shape is not None and levels is not None
+            whole = Stored(int(bits), levels.cpu(), None if scale is None else scale.cpu(), torch.Size(shape.tolist()))  # pyright: ignore[reportArgumentType] - one of the three
+            found[bytes(name.tolist()).decode()] = whole
+            number += 1
         return found
+
+
+def empty_places(state: Mapping[str, Tensor]) -> StoredWeights:
+    """Returns places for what a network's state holds of `StoredWeights`, with meaningless numbers."""
+    places = StoredWeights({})
+    for name, value in state.items():
+        if name.startswith(_PREFIX):
+            places.register_buffer(name.removeprefix(_PREFIX), torch.zeros_like(value))
+    return places
+
+
+def stored_weights(classifier: Classifier) -> dict[str, Stored]:
+    """Returns name of a weight -> as it is stored; empty for a network that stores none in few bits."""
+    places = getattr(classifier, "stored", None)
+    return places.read() if isinstance(places, StoredWeights) else {}
 
 
 def store_weights(classifier: Classifier, bits_of: dict[str, Bits], group_size: int) -> Classifier:

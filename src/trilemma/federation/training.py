@@ -198,8 +198,9 @@ def refuse_batch_norm_under_dp(spec: TrainSpec, classifier: Classifier) -> None:
         raise UserError(
             "model.norm",
             f"layer '{layers[0]}' normalises by batch statistics, which DP-SGD cannot bound per record",
-            'Use kind = "resnet9" or "resnet18" with norm = "group", or of MONAI a DenseNet or EfficientNetBN with '
-            'arguments = { norm = ["group", { num_groups = 8 }] } or { norm = "instance" }, or a ViT, which has none. '
+            'Use kind = "resnet9" or "resnet18" with norm = "group" or "weight", or of MONAI a DenseNet or '
+            'EfficientNetBN with arguments = { norm = ["group", { num_groups = 8 }] } or { norm = "instance" }, or a '
+            "ViT, which has none. "
             "MONAI's ResNets and SENets keep batch norm whatever they are told",
         )
 
@@ -230,7 +231,7 @@ def refuse_lone_records(spec: TrainSpec, clients: Sequence[Client], classifier: 
             "local.batch_size",
             f"{size} leaves {lone[0].name}, with {lone[0].num_records} records, a batch of a single one, "
             f"of which a layer such as '{layers[0]}' has no variance",
-            'Choose another size, or norm = "group"',
+            'Choose another size, or norm = "group" or "weight"',
         ) from None
     finally:
         set_buffers(classifier, buffers_Q)

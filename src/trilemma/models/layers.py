@@ -8,7 +8,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-NormKind = Literal["group", "batch", "none"]
+from trilemma.models.weight_standardisation import MISH_SCALE, RELU_SCALE, WeightStandardisedConv2d
+
+NormKind = Literal["group", "weight", "batch", "none"]
 ActivationKind = Literal["relu", "mish"]
 
 
@@ -23,7 +25,7 @@ class Style:
     """The choices that every block of one network shares.
 
     Args:
-        norm: "group", "batch" or "none".
+        norm: "group", "weight", "batch" or "none".
         groups: Number of groups of a group normalisation; None for `num_groups`'s choice.
         activation: "relu" or "mish".
     """
@@ -34,7 +36,7 @@ class Style:
         self.activation = activation
 
     def make_norm(self, channels: int) -> nn.Module:
-        """Returns a normalisation of `channels` feature maps."""
+        """Returns a normalisation of `channels` feature maps, which is nothing where the weights are standardised."""
         if self.norm == "group":
             return nn.GroupNorm(num_groups(channels, self.groups), channels)
         return nn.BatchNorm2d(channels) if self.norm == "batch" else nn.Identity()
@@ -43,17 +45,33 @@ class Style:
         """Returns a nonlinearity."""
         return nn.Mish() if self.activation == "mish" else nn.ReLU()
 
-    def make_conv(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    def make_conv(
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, gain: float = 1.0
+    ) -> nn.Conv2d:
         """Returns a convolution with 'same' padding.
 
-        It has a bias only where no normalisation follows, and then He's initialisation, without which the signal
-        of a network without normalisation dies out within a few layers.
+        It has a bias only where no normalisation of activations follows, and then He's initialisation, without which
+        the signal of a network without normalisation dies out within a few layers.
+
+        Args:
+            in_channels: C.
+            out_channels: M.
+            kernel: Height and width.
+            stride: In both directions.
+            gain: Factor of its output at first; where the weights are standardised only, as other networks measure
+                or do not know how large their activations are.
         """
-        plain = self.norm == "none"
-        conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=plain)
-        if plain and conv.bias is not None:
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+        shape = (in_channels, out_channels, kernel, stride, kernel // 2)
+        if self.norm in ("group", "batch"):
+            return nn.Conv2d(*shape, bias=False)
+        if self.norm == "weight":
+            conv = WeightStandardisedConv2d(*shape, scale=MISH_SCALE if self.activation == "mish" else RELU_SCALE)
+            nn.init.constant_(conv.gain, gain)
+        else:
+            conv = nn.Conv2d(*shape)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        assert conv.bias is not None
+        nn.init.zeros_(conv.bias)
         return conv
 
 

@@ -8,6 +8,10 @@ from trilemma.models.layers import Style
 
 StemKind = Literal["small", "large"]
 
+#: First gain of a block's last convolution where the weights are standardised, so that the sum with the shortcut is
+#: hardly larger than the shortcut (the published 0.2 of Brock et al., 2021; of eight blocks, 1.04^8 and not 2^8).
+RESIDUAL_GAIN = 0.2
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where shapes differ."""
@@ -17,7 +21,7 @@ class BasicBlock(nn.Module):
         self.conv1 = style.make_conv(in_channels, out_channels, 3, stride)
         self.norm1 = style.make_norm(out_channels)
         self.activation1 = style.make_activation()
-        self.conv2 = style.make_conv(out_channels, out_channels, 3)
+        self.conv2 = style.make_conv(out_channels, out_channels, 3, gain=RESIDUAL_GAIN)
         self.norm2 = style.make_norm(out_channels)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:

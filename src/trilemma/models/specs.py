@@ -15,7 +15,7 @@ from trilemma.monai_bridge import monai_network
 from trilemma.randomness import global_seed
 from trilemma.spec import Spec
 
-_NORM_LABELS = {"group": "GN", "batch": "BN", "none": "no norm"}
+_NORM_LABELS = {"group": "GN", "weight": "WS", "batch": "BN", "none": "no norm"}
 
 
 def _check_groups(norm: NormKind, groups: int | None, width: int) -> None:
@@ -32,7 +32,8 @@ class Resnet9(Spec):
 
     Attributes:
         width: Feature maps of the first convolution.
-        norm: "group" (safe under differential privacy), "batch" or "none".
+        norm: "group" or "weight" (both safe under differential privacy), "batch" or "none". "weight" standardises
+            weights and no activation, and is folded into plain convolutions when the model ships.
         groups: Groups of the group normalisation; None: min(32, channels / 4).
         activation: "relu" or "mish".
         mean: Subtracted from pixels in [0, 1]; public.
@@ -79,7 +80,8 @@ class Resnet18(Spec):
 
     Attributes:
         width: Feature maps of the stem; 64 as published.
-        norm: "group" (safe under differential privacy), "batch" or "none".
+        norm: "group" or "weight" (both safe under differential privacy), "batch" or "none". "weight" standardises
+            weights and no activation, and is folded into plain convolutions when the model ships.
         groups: Groups of the group normalisation; None: min(32, channels / 4).
         activation: "relu" or "mish".
         stem: "small" for images of up to about 64 pixels, "large" for 224 pixels.

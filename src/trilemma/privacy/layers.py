@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
+from trilemma.privacy.standardised import through_standardisation
+
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Normalisation = nn.GroupNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 
-#: Exactly these types, not their subclasses, whose forward may do something else.
+#: Exactly these types, not their subclasses, whose forward may do something else; of those only one has a rule.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMALISATIONS = (nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-SUPPORTED = (nn.Linear, *CONVOLUTIONS, *NORMALISATIONS, nn.LayerNorm, nn.Embedding)
+SUPPORTED = (nn.Linear, *CONVOLUTIONS, WeightStandardisedConv2d, *NORMALISATIONS, nn.LayerNorm, nn.Embedding)
 
 #: Numbers of a Gram matrix that are worked on at once: half of a core's second-level cache, so that shifting is cheap.
 GRAM_NUMBERS = 1 << 17
@@ -53,7 +56,7 @@ def why_unsupported(module: nn.Module) -> str | None:
 
 
 def per_unit_gradients(module: nn.Module, x: Tensor, g: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """Returns the gradients (B, P_name) of the parameters `names` ("weight", "bias") of every unit.
+    """Returns the gradients (B, P_name) of the parameters `names` ("weight", "bias", "gain") of every unit.
 
     Args:
         module: One of `SUPPORTED`.
@@ -69,7 +72,11 @@ def per_unit_gradients(module: nn.Module, x: Tensor, g: Tensor, names: Sequence[
     if "bias" in names:
         channel = 2 if isinstance(module, CONVOLUTIONS) else g.ndim - 1
         gradients["bias"] = full(g).sum([dim for dim in range(1, g.ndim) if dim != channel])
-    if "weight" in names:
+    if isinstance(module, WeightStandardisedConv2d):
+        if "weight" in names or "gain" in names:
+            effective = through_standardisation(module, full(_convolution_by_kernel(module, x.to(g.dtype), g)))
+            gradients |= _pick(effective, [name for name in names if name in effective])
+    elif "weight" in names:
         if isinstance(module, CONVOLUTIONS):
             gradients["weight"] = full(_convolution_by_kernel(module, x.to(g.dtype), g))
         elif isinstance(module, nn.Embedding):
@@ -97,7 +104,7 @@ def ghost_pays(module: nn.Module, x: Tensor, g: Tensor) -> bool:
     if isinstance(module, nn.Linear):
         positions = math.prod(x.shape[1:-1])
         return positions * (module.in_features + module.out_features) < module.in_features * module.out_features
-    if not isinstance(module, CONVOLUTIONS):
+    if not isinstance(module, CONVOLUTIONS) or isinstance(module, WeightStandardisedConv2d):
         return False
     outputs = math.prod(g.shape[3:])
     per_group_in, per_group_out = x.shape[2] // module.groups, g.shape[2] // module.groups
