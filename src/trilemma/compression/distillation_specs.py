@@ -6,10 +6,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from trilemma.compression.channels import shrunken
 from trilemma.compression.distillation import distil
 from trilemma.compression.folding import plain_copy
-from trilemma.compression.step import Looks, Material, Source, Step
+from trilemma.compression.step import ImageShape, Looks, Material, Source, Step
 from trilemma.data.specs import DataSpec
 from trilemma.models.classifier import Classifier
 from trilemma.models.specs import ModelSpec
@@ -84,14 +83,11 @@ class Distillation(Step):
             seed=material.seed,
         )
 
-    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network of the student's layers."""
         if self.student is None:
             return plain_copy(classifier)
-        channels = next(value.shape[1] for value in stored.values() if value.ndim == 4)
-        return plain_copy(self._made(self.student, (channels, 0, 0), classifier, 0))
+        return plain_copy(self._made(self.student, image_shape, classifier, 0))
 
-    def _made(
-        self, student: ModelSpec, image_shape: tuple[int, int, int], classifier: Classifier, seed: int
-    ) -> Classifier:
+    def _made(self, student: ModelSpec, image_shape: ImageShape, classifier: Classifier, seed: int) -> Classifier:
         return student.make(image_shape[0], image_shape[1], classifier.num_classes, seed)

@@ -18,6 +18,8 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from trilemma.compression.folding import fold_weight_standardisation, is_identity
+from trilemma.compression.onnx_weights import store_in_few_bits
+from trilemma.compression.stored_weights import stored_weights
 from trilemma.models.classifier import Classifier
 
 OPSET = 17
@@ -55,6 +57,7 @@ def export_onnx(
         )
     model = onnx.load_from_string(buffer.getvalue())
     _store_integers(model)
+    model = store_in_few_bits(model, stored_weights(network))
     _shorten_names(model)
     helper.set_model_props(model, dict(sorted((properties or {}).items())))
     onnx.checker.check_model(model, full_check=True)

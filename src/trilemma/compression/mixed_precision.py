@@ -56,9 +56,7 @@ def _sizes(weight: Tensor, group_size: int) -> dict[Bits, int]:
     return {bits: store(weight, bits, group_size if bits == 4 else None).num_bytes for bits in CHOICES}
 
 
-def _harm(
-    classifier: Classifier, name: str, x_NCHW: Tensor, exact_NK: Tensor, group_size: int
-) -> dict[Bits, float]:
+def _harm(classifier: Classifier, name: str, x_NCHW: Tensor, exact_NK: Tensor, group_size: int) -> dict[Bits, float]:
     """Returns the mean squared change of the logits when one weight is stored in few bits."""
     found: dict[Bits, float] = {}
     for bits in CHOICES:

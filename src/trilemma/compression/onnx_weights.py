@@ -36,6 +36,9 @@ def store_in_few_bits(model: ModelProto, stored: Mapping[str, Stored]) -> ModelP
     constants = {tensor.name: tensor for tensor in graph.initializer}
     for name, one in stored.items():
         if name not in constants:
+            # The exporter keeps one of several equal constants: of layers that were pruned away, for example.
+            if any(torch.equal(one.weight(), stored[other].weight()) for other in stored.keys() & constants.keys()):
+                continue
             raise ValueError(f"The exported graph has no weight '{name}', so it cannot be stored in {one.bits} bits.")
         graph.initializer.remove(constants[name])
         tensors, nodes = _unpacked(name, one)
@@ -47,18 +50,18 @@ def store_in_few_bits(model: ModelProto, stored: Mapping[str, Stored]) -> ModelP
 
 def _unpacked(name: str, one: Stored) -> tuple[list[TensorProto], list[NodeProto]]:
     """Returns the constants that stand for a weight, and the nodes that make it of them."""
-    levels, to_float = f"{name}/levels", {"to": TensorProto.FLOAT}
+    levels = f"{name}/levels"
     if one.scale_OG is None:
         raw = one.levels_OGg.contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
         made = helper.make_tensor(levels, TensorProto.BFLOAT16, list(one.shape), raw, raw=True)
-        return [made], [helper.make_node("Cast", [levels], [name], **to_float)]
+        return [made], [helper.make_node("Cast", [levels], [name], to=TensorProto.FLOAT)]
     num_channels, per_channel = one.shape[0], one.shape[1:].numel()
     scale = numpy_helper.from_array(one.scale_OG.numpy()[..., None], f"{name}/scale")
     whole = numpy_helper.from_array(np.array([num_channels, -1], dtype=np.int64), f"{name}/flat_shape")
     shape = numpy_helper.from_array(np.array(one.shape, dtype=np.int64), f"{name}/shape")
     nodes = [
-        helper.make_node("Cast", [levels], [f"{name}/whole"], **to_float),
-        helper.make_node("Cast", [scale.name], [f"{name}/worth"], **to_float),
+        helper.make_node("Cast", [levels], [f"{name}/whole"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [scale.name], [f"{name}/worth"], to=TensorProto.FLOAT),
         helper.make_node("Mul", [f"{name}/whole", f"{name}/worth"], [f"{name}/groups"]),
     ]
     tensors, last = [_integers(levels, one), scale, shape], f"{name}/groups"

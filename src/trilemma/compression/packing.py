@@ -67,6 +67,11 @@ def pack(model_bytes: bytes) -> bytes:
     return packed
 
 
+def is_packed(found: bytes) -> bool:
+    """Returns whether a file says of itself that `pack` made it; an ONNX file never begins so."""
+    return found.startswith(_MAGIC)
+
+
 def unpack(packed: bytes, at_most: int = LARGEST_BYTES) -> bytes:
     """Returns the ONNX file that was packed.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from trilemma.compression.channels import prune_channels, shrunken
 from trilemma.compression.folding import plain_copy
 from trilemma.compression.pruning import prune, prune_n_of_m
-from trilemma.compression.step import Material, Step
+from trilemma.compression.step import ImageShape, Material, Step
 from trilemma.models.classifier import Classifier
 
 
@@ -91,6 +91,6 @@ class ChannelPruning(Step):
         """
         return prune_channels(plain_copy(classifier), self.multiply_adds, material.image_shape)
 
-    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the sizes of the stored state."""
         return shrunken(plain_copy(classifier), {name: value.shape for name, value in stored.items()})

@@ -11,7 +11,7 @@ from trilemma.compression.calibration import RangeRule
 from trilemma.compression.fake_quantisation import quantise, quantised_skeleton
 from trilemma.compression.folding import fold_batch_norms, plain_copy
 from trilemma.compression.mixed_precision import bits_by_sensitivity
-from trilemma.compression.step import Looks, Material, Source, Step, weight_names
+from trilemma.compression.step import ImageShape, Looks, Material, Source, Step, weight_names
 from trilemma.compression.stored_weights import Bits, empty_places, store_weights
 from trilemma.data.specs import DataSpec
 from trilemma.models.classifier import Classifier
@@ -100,7 +100,7 @@ class Int8(_Calibrated):
         images = material.images(self.looks[0])
         return quantise(classifier, images, self.ranges or "min_max", self._percentile)
 
-    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the layers of the twin."""
         return quantised_skeleton(classifier)
 
@@ -113,7 +113,7 @@ class _FewBits(Step):
         """Returns True."""
         return True
 
-    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with places for the stored levels and scales."""
         return _with_places(classifier, stored)
 
@@ -194,7 +194,7 @@ class MixedPrecision(_Calibrated):
 
         return _in_bits(classifier, material, chosen, self.group_size)
 
-    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with places for the stored levels and scales."""
         return _with_places(classifier, stored)
 

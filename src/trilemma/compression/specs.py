@@ -10,7 +10,7 @@ from torch import Tensor
 from trilemma.compression.distillation_specs import Distillation
 from trilemma.compression.pruning_specs import ChannelPruning, MagnitudePruning, NOfM
 from trilemma.compression.quantisation_specs import BFloat16, Int4, Int8, MixedPrecision
-from trilemma.compression.step import Looks, Material, Step
+from trilemma.compression.step import ImageShape, Looks, Material, Step
 from trilemma.models.classifier import Classifier
 
 
@@ -28,7 +28,7 @@ class NoCompression(Step):
         """Returns the classifier itself."""
         return classifier
 
-    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a copy."""
         return copy.deepcopy(classifier)
 
@@ -93,10 +93,10 @@ class Chain(Step):
             classifier = step.apply(classifier, material)
         return classifier
 
-    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the layers that the last step leaves."""
         for step in self.steps:
-            classifier = step.skeleton(classifier, stored)
+            classifier = step.skeleton(classifier, stored, image_shape)
         return classifier
 
 

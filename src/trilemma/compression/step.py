@@ -16,6 +16,9 @@ from trilemma.spec import Spec
 #: the model alone, or the hospitals' own.
 Source = Literal["public", "phantom", "synthetic", "train", "val"]
 
+#: C, H and W of an image.
+ImageShape = tuple[int, int, int]
+
 _PRIVATE = {"train": "the training images", "val": "the validation images"}
 
 
@@ -52,7 +55,7 @@ class Material:
 
     teacher: Classifier
     images: Callable[[Looks], Tensor]
-    image_shape: tuple[int, int, int]
+    image_shape: ImageShape
     seed: int
 
 
@@ -93,7 +96,7 @@ class Step(Spec):
         """
         raise NotImplementedError
 
-    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor]) -> Classifier:
+    def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the layers of `apply`'s, into which its stored state can be loaded."""
         return plain_copy(classifier)
 

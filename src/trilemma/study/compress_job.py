@@ -7,16 +7,24 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from trilemma.atomic import atomic_write
 from trilemma.compression.export import export_onnx
+from trilemma.compression.packing import pack
 from trilemma.compression.pruning import sparsity
-from trilemma.compression.specs import CompressionSpec
-from trilemma.data.records import Dataset
+from trilemma.compression.step import Looks, Material
+from trilemma.compression.synthetic import synthetic_images
+from trilemma.data.records import Dataset, Records
 from trilemma.data.specs import Phantom
+from trilemma.errors import UserError
+from trilemma.federation.public import refuse_other_form, refuse_shared
+from trilemma.models.classifier import Classifier
 from trilemma.privacy.guarantee import Guarantee
-from trilemma.randomness import numpy_generator
+from trilemma.randomness import generator, numpy_generator
 from trilemma.study.files import save_tensors
 from trilemma.study.plan import Cell
 from trilemma.study.rows import ArtefactRow
 from trilemma.study.workplace import Workplace
+
+#: From this share of zeros on a file is packed: its zeros are then no bytes.
+SPARSE = 0.3
 
 
 def compress_job(place: Workplace, cell: Cell, claimed: Guarantee) -> ArtefactRow:
@@ -32,10 +40,13 @@ def compress_job(place: Workplace, cell: Cell, claimed: Guarantee) -> ArtefactRo
     spec = cell.training.spec
     dataset = place.dataset(spec.data)
     classifier = place.trained(spec, cell.training.key).cpu()
-    twin = cell.compression.apply(classifier, calibration_images(cell.compression, place, dataset, spec.seed)).eval()
+    twin = _applied(cell, classifier, material(place, classifier, dataset, spec.seed)).eval()
     private = cell.compression.private_data
     guarantee = claimed.voided(private) if private and not claimed.void else claimed
     model = export_onnx(twin, dataset.channels, dataset.image_size, shipped_with(cell.key, guarantee))
+    zeros = sparsity(twin)
+    if zeros >= SPARSE:
+        model = pack(model)
     save_tensors(place.files.twin(cell.key), dict(twin.state_dict()))
     atomic_write(place.files.model(cell.key), model)
     return ArtefactRow(
@@ -43,10 +54,19 @@ def compress_job(place: Workplace, cell: Cell, claimed: Guarantee) -> ArtefactRo
         run_key=cell.training.key,
         compression={**cell.compression.model_dump(mode="json"), "label": cell.compression.label},
         file_bytes=len(model),
-        sparsity=sparsity(twin),
+        sparsity=zeros,
         guarantee=guarantee,
         seconds=time.perf_counter() - started,
     )
+
+
+def _applied(cell: Cell, classifier: Classifier, at_hand: Material) -> Classifier:
+    try:
+        return cell.compression.apply(classifier, at_hand)
+    except ValueError as error:
+        raise UserError(
+            f"compressions, {cell.compression.label}", str(error), "Change this compression, or leave it out"
+        ) from error
 
 
 def shipped_with(key: str, guarantee: Guarantee) -> dict[str, str]:
@@ -58,20 +78,39 @@ def shipped_with(key: str, guarantee: Guarantee) -> dict[str, str]:
     }
 
 
-def calibration_images(spec: CompressionSpec, place: Workplace, dataset: Dataset, seed: int) -> Tensor | None:
-    """Returns the images that a compression looks at, drawn by the seed, or None where it looks at none.
+def material(place: Workplace, teacher: Classifier, dataset: Dataset, seed: int) -> Material:
+    """Returns what compressions of a trained model work with.
 
-    "public" images are phantoms of the data's size: they exist for everybody and cost no privacy. Smaller ones than
-    can be drawn are area means of the smallest.
+    Phantoms are of the data's size: they exist for everybody and cost no privacy. Smaller ones than can be drawn are
+    area means of the smallest.
     """
-    if not spec.needs_calibration:
-        return None
-    split = getattr(spec, "calibration", "public")
-    count = getattr(spec, "num_calibration", 256)
-    if split == "public":
-        phantoms = Phantom(size=max(dataset.image_size, 16), train=max(count, 16)).load(place.roots)
-        x_BCHW = adaptive_avg_pool2d(phantoms.train.x(slice(0, count)), dataset.image_size)
-        return x_BCHW.expand(-1, dataset.channels, -1, -1).contiguous()
-    records = dataset.train if split == "train" else dataset.val
-    order = numpy_generator(seed, "calibration").permutation(len(records))[:count]
-    return records.x(order)
+    shape = (dataset.channels, dataset.image_size, dataset.image_size)
+
+    def images(looks: Looks) -> Tensor:
+        if looks.source == "synthetic":
+            return synthetic_images(teacher, looks.count, shape, generator(seed, "synthetic"))
+        if looks.data is not None:
+            records = public_images(place, dataset, looks)
+        elif looks.source in ("public", "phantom"):
+            phantoms = Phantom(size=max(dataset.image_size, 16), train=max(looks.count, 16)).load(place.roots)
+            x_NCHW = adaptive_avg_pool2d(phantoms.train.x(slice(0, looks.count)), dataset.image_size)
+            return x_NCHW.expand(-1, dataset.channels, -1, -1).contiguous()
+        else:
+            records = dataset.train if looks.source == "train" else dataset.val
+        order = numpy_generator(seed, "calibration").permutation(len(records))[: looks.count]
+        return records.x(order)
+
+    return Material(teacher, images, shape, seed)
+
+
+def public_images(place: Workplace, dataset: Dataset, looks: Looks) -> Records:
+    """Returns the training split of the public images that a compression names.
+
+    Raises:
+        UserError: If they are of another form, or some are the study's own.
+    """
+    assert looks.data is not None
+    public = looks.data.load(place.roots)
+    refuse_other_form("compressions.data", dataset, public)
+    refuse_shared("compressions.data", dataset, public, "training", public.train)
+    return public.train

@@ -93,12 +93,12 @@ def _refuse_unfit_backdoor(spec: Backdoor, dataset: Dataset) -> None:
 
 
 def _refuse_calibration_on_measured(cell: Cell) -> None:
-    chosen = getattr(cell.compression, "calibration", "public")
-    if chosen == "val" and cell.training.spec.data.evaluate_on == "val":
+    chosen = {looks.source for looks in cell.compression.looks}
+    if "val" in chosen and cell.training.spec.data.evaluate_on == "val":
         raise UserError(
             "compressions.calibration",
-            "'val' sets the activation ranges on the very images that evaluate_on = 'val' measures",
-            "Calibrate on 'public' or 'train' images, or measure on the test images",
+            "'val' chooses numbers of the model on the very images that evaluate_on = 'val' measures",
+            "Use 'public' or 'train' images, or measure on the test images",
         )
 
 

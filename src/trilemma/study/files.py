@@ -7,6 +7,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trilemma.atomic import atomic_write
+from trilemma.compression.packing import is_packed, unpack
 from trilemma.compression.session import Session
 from trilemma.errors import Failure
 
@@ -102,11 +103,24 @@ def open_model(path: Path, threads: int) -> Session:
         Failure: If the file is missing or damaged.
     """
     try:
-        return Session(path.read_bytes(), threads)
-    except OSError as error:
-        raise _lost(path, str(error)) from error
+        return Session(read_model(path), threads)
     except Failure as error:
+        if error.where == str(path):
+            raise
         raise _lost(path, error.problem) from error
+
+
+def read_model(path: Path) -> bytes:
+    """Returns an artefact's ONNX bytes; those of a sparse one are packed in its file.
+
+    Raises:
+        Failure: If the file is missing or damaged.
+    """
+    try:
+        found = path.read_bytes()
+        return unpack(found) if is_packed(found) else found
+    except (OSError, ValueError) as error:
+        raise _lost(path, str(error)) from error
 
 
 def _lost(path: Path, why: str) -> Failure:

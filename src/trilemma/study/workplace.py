@@ -99,8 +99,10 @@ class Workplace:
 
     def twin(self, cell: Cell) -> Classifier:
         """Returns an artefact's twin: the same function as its file, with input gradients, on the device."""
-        skeleton = cell.compression.skeleton(self.trained(cell.training.spec, cell.training.key).cpu())
         tensors, _ = load_tensors(self.files.twin(cell.key))
+        dataset, trained = self.dataset(cell.training.spec.data), self.trained(cell.training.spec, cell.training.key)
+        shape = (dataset.channels, dataset.image_size, dataset.image_size)
+        skeleton = cell.compression.skeleton(trained.cpu(), tensors, shape)
         skeleton.load_state_dict(tensors)
         return skeleton.to(self.torch_device).eval()
 
