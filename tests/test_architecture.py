@@ -35,7 +35,7 @@ DOORS = {
     "tomllib": {"study/load.py"},
     "sqlite3": {"study/store.py"},
     "onnxruntime": {"compression/session.py"},
-    "onnx": {"compression/export.py", "compression/folding.py"},
+    "onnx": {"compression/export.py", "compression/folding.py", "compression/shipping.py"},
     "monai": {"monai_bridge.py"},
     "pydicom": {"monai_bridge.py"},
     "opacus": {"privacy/accounting.py"},

@@ -79,7 +79,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _lost(path, str(error)) from error
+        raise lost(path, str(error)) from error
 
 
 def load_texts(path: Path) -> dict[str, str]:
@@ -92,7 +92,7 @@ def load_texts(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise _lost(path, str(error)) from error
+        raise lost(path, str(error)) from error
 
 
 def open_model(path: Path, threads: int) -> Session:
@@ -104,11 +104,12 @@ def open_model(path: Path, threads: int) -> Session:
     try:
         return Session(path.read_bytes(), threads)
     except OSError as error:
-        raise _lost(path, str(error)) from error
+        raise lost(path, str(error)) from error
     except Failure as error:
-        raise _lost(path, error.problem) from error
+        raise lost(path, error.problem) from error
 
 
-def _lost(path: Path, why: str) -> Failure:
+def lost(path: Path, why: str) -> Failure:
+    """Returns the failure that says that a file of the store is missing or damaged."""
     problem = f"cannot be read ({why})" if path.exists() else "is missing"
     return Failure(str(path), problem, "Put the file back from a copy, or name another folder with --store")
