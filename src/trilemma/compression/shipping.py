@@ -6,11 +6,11 @@ out; operator set 18), makes three channels of one where the model has three, an
 the artefact's own graph, unchanged. "probabilities" is the softmax of "logits".
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
 from trilemma.errors import Failure
 
@@ -88,9 +88,8 @@ def _parsed(onnx_bytes: bytes) -> ModelProto:
 
 def _read(onnx_bytes: bytes) -> ModelProto:
     model = _parsed(onnx_bytes)
-    for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            raise _not_ours("its weights lie in another file")
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in _tensors(model.graph)):
+        raise _not_ours("its weights lie in another file")
     names = {name for node in model.graph.node for name in (*node.input, *node.output)}
     if any(name.startswith(_OWN) for name in names) or "probabilities" in names:
         raise _not_ours("it has its preprocessing inside already")
@@ -99,6 +98,15 @@ def _read(onnx_bytes: bytes) -> ModelProto:
     except Exception as error:  # the checker and shape inference raise unrelated classes
         raise _not_ours("its graph is not sound") from error
     return model
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Yields every constant of a graph and of those within it."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from inner.initializer if not inner.node else _tensors(inner)
 
 
 def _image_of(model: ModelProto) -> tuple[int, int]:
@@ -136,6 +144,9 @@ def _prepend(model: ModelProto, channels: int, size: int) -> None:
     added = [first, *_resized(), *_scaled(channels, unit)]
     for position, node in enumerate(added):
         graph.node.insert(position, node)
+    del graph.value_info[:]
+    # Without it ONNX Runtime does not know the size behind the Resize, fuses less, and rounds otherwise.
+    graph.value_info.append(helper.make_tensor_value_info(unit, TensorProto.FLOAT, ["batch", channels, size, size]))
     graph.initializer.extend(numpy_helper.from_array(value, f"{_OWN}{name}") for name, value in constants.items())
 
 
@@ -172,4 +183,3 @@ def _append_softmax(model: ModelProto) -> None:
     probabilities = graph.output.add()
     probabilities.CopyFrom(graph.output[0])
     probabilities.name = "probabilities"
-    del graph.value_info[:]

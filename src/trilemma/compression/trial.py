@@ -10,7 +10,7 @@ from trilemma.data.images import resized
 from trilemma.errors import Failure
 from trilemma.randomness import numpy_generator
 
-#: Largest difference of a logit, on images of the model's own size, that is taken for the same answer.
+#: Largest difference of a logit, over the larger of 1 and the largest logit, that is taken for the same answer.
 SAME = 1e-6
 
 _IMAGES_PER_SIZE = 4
@@ -25,7 +25,7 @@ class Agreement(NamedTuple):
         sizes: Height and width of the images, none of them the model's own; of each some noise and some blocks.
         num_images: Images of all sizes together.
         largest: Largest difference of a probability.
-        own_size: Largest difference of a logit on images of the model's own size; at most `SAME`.
+        own_size: Largest difference of a logit on images of the model's own size; 0 up to rounding, see `SAME`.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -68,7 +68,7 @@ def _difference(first: Session, second: ShippedSession, images: np.ndarray, what
     if not (np.isfinite(expected).all() and np.isfinite(found).all() and np.isfinite(probabilities).all()):
         raise Failure("model file", f"its answer to {what} is not finite", "Choose another artefact")
     difference = float(np.abs(found - expected).max())
-    if difference > SAME or np.abs(probabilities.sum(1) - 1).max() > 1e-5:
+    if difference > SAME * max(1.0, float(np.abs(expected).max())) or np.abs(probabilities.sum(1) - 1).max() > 1e-5:
         problem = f"with its preprocessing inside it answers {what} otherwise than the artefact (by {difference:.3g})"
         raise Failure("model file", problem, _REMEDY)
     return difference
