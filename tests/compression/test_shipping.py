@@ -12,7 +12,6 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import nn
 
-from helpers.small_problem import stripes
 from trilemma.compression.export import export_onnx
 from trilemma.compression.fake_quantisation import quantise
 from trilemma.compression.session import Session, ShippedSession

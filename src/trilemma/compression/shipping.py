@@ -106,7 +106,7 @@ def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
         yield from (attribute.t, *attribute.tensors)
         for inner in (attribute.g, *attribute.graphs):
-            yield from inner.initializer if not inner.node else _tensors(inner)
+            yield from _tensors(inner)
 
 
 def _image_of(model: ModelProto) -> tuple[int, int]:
