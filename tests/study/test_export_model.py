@@ -11,15 +11,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from helpers.tiny_study import TINY, plan_of, write_study
+from trilemma.compression.export import export_onnx
 from trilemma.compression.session import Session
-from trilemma.compression.shipping import properties_of
+from trilemma.compression.shipping import properties_of, ship_onnx
 from trilemma.data.images import read_image
+from trilemma.models.classifier import Classifier
 from trilemma.study.assemble import assemble
+from trilemma.study.handover import hand_over
 from trilemma.study.judgement import NOT_DIAGNOSED
 from trilemma.study.shipment import shipment
 from trilemma.study.store import Store
@@ -126,6 +131,22 @@ def test_a_ward_runs_it_without_torch(exported, store, cells, tmp_path):
         assert f"ImportError: {library.partition('.')[0]} is not here" in run_example(script=control).stderr
 
 
+def test_a_ward_reads_files_as_the_loader_does(tmp_path):
+    """Pixel by pixel: the model of this folder answers with its pixels, whose softmax can be taken back."""
+    model = export_onnx(Classifier(nn.Flatten(), 256), 1, 16)
+    card = {"input": {"channels": 1, "resized_to": 16}, "classes": [f"p{k}" for k in range(256)]}
+    contents = {"model.onnx": ship_onnx(model, {}), "model_card.json": json.dumps(card).encode(), "MODEL_CARD.md": b""}
+    hand_over(tmp_path / "out", contents)
+    pictures = write_pictures(tmp_path / "pictures")
+    done = run_example(tmp_path / "out", *pictures)
+    assert done.returncode == 0, done.stderr
+    for path, line in zip(pictures, done.stdout.splitlines(), strict=True):
+        shares = np.array([float(answer.rsplit(" ", 1)[1]) for answer in line.split("\t")[1:]])
+        expected = torch.tensor(read_image(path, 16, "grey")).float().flatten().div(255 * 0.25).log_softmax(0)
+        off = np.abs(np.log(shares) - expected.numpy()) * 255 * 0.25  # in levels
+        assert off.max() < 1.5, path.name
+
+
 def test_a_ward_refuses_what_was_changed(exported, tmp_path):
     picture = tmp_path / "deep.png"
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(picture)
@@ -190,6 +211,31 @@ def test_an_attack_that_nobody_diagnosed_is_withheld(store, cells, trilemma, tmp
     db.close()
 
 
+def test_of_several_worst_transfers_the_one_counts_that_leaves_least(store, cells, trilemma, tmp_path):
+    """Another study in the store has other sources for the same transfer; and here no flag withholds the numbers."""
+    folder = shutil.copytree(store, tmp_path / "store")
+    db = sqlite3.connect(folder / "store.db")
+    db.execute("UPDATE measurements SET value = 0 WHERE metric LIKE 'flag_%'")
+    (key, left), = db.execute(
+        "SELECT e.key, m.value FROM evaluations e JOIN measurements m ON m.evaluation_key = e.key WHERE "
+        "e.artefact_key = ? AND m.metric = 'robust_accuracy' AND m.source IS NULL "
+        "AND json_extract(e.spec, '$.kind') = 'transfer'", (cells[0].key,),
+    )  # fmt: skip
+    assert left < 0.9
+    db.execute("INSERT INTO evaluations SELECT 's2:0', artefact_key, spec, provenance, seconds FROM evaluations "
+               "WHERE key = ?", (key,))  # fmt: skip
+    db.execute(
+        "INSERT INTO measurements SELECT 's2:0', position, metric, 0.95, low, high, n, unit, split, status, reason, "
+        "radius, source, client FROM measurements WHERE evaluation_key = ?", (key,),
+    )  # fmt: skip
+    db.commit()
+    db.close()
+    assert trilemma("export-model", cells[0].key, "--to", tmp_path / "out", "--store", folder)[0] == 0
+    card = json.loads((tmp_path / "out" / "model_card.json").read_text())
+    worst = [m for m in card["measurements"] if m["kind"] == "transfer" and m["metric"] == "robust_accuracy"]
+    assert [m["value"] for m in worst if m["source"] is None] == [left]
+
+
 def test_what_was_not_measured_is_said_to_be_so(store, cells, trilemma, tmp_path):
     folder = shutil.copytree(store, tmp_path / "store")
     db = sqlite3.connect(folder / "store.db")
@@ -247,6 +293,13 @@ def spoilt(folder, cells, how):
         path.write_bytes(content[:-100])
     elif how == "noise":
         path.write_bytes(b"\xff" * len(content))
+    elif how == "not finite":
+        model = onnx.load_from_string(content)
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT and tensor.HasField("raw_data"):
+                tensor.raw_data = np.full(len(tensor.raw_data) // 4, np.nan, "<f4").tobytes()
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        assert path.stat().st_size == len(content)
     elif how == "another":
         other = folder / "artefacts" / f"{cells[3].key.replace(':', '-')}.onnx"
         path.write_bytes(other.read_bytes())
@@ -272,6 +325,7 @@ def spoilt(folder, cells, how):
         ("missing", "is missing"),
         ("cut", "bytes, and the artefact had"),
         ("noise", "no ONNX file"),
+        ("not finite", "is not finite"),
         ("another", "another artefact"),
         ("no guarantee", "another artefact"),
         ("spec", "cannot read its settings"),
