@@ -212,7 +212,8 @@ def _input(shipped: Shipment) -> list[str]:
     sizes = ", ".join(f"{height} x {width}" for height, width in agreement.sizes)
     grey = ["A colour file must be made grey first, by the luma of ITU-R 601 (Pillow: convert('L'))."]
     came = (
-        "The images that it was trained and measured on were resized the same way, by Pillow."
+        "The images that it was trained and measured on were resized the same way, by Pillow; JPEGs larger than "
+        f"{2 * shipped.image_size} pixels were decoded at a reduced scale (Pillow's draft), and should be here."
         if shipped.from_files
         else f"The images that it was trained and measured on came with {shipped.image_size} x {shipped.image_size} "
         "pixels. How theirs were made smaller is not repeated here, so that accuracy on files of other sizes is not "
