@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import pytest
 import torch
 from hypothesis import given, settings
@@ -215,3 +216,12 @@ def test_a_model_without_finite_answers_does_not_ship():
     artefact = export_onnx(net, 1, 16)
     with pytest.raises(Failure, match="not finite"):
         tried(artefact, ship_onnx(artefact, {}))
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+def test_a_model_of_a_later_operator_set_keeps_it(opset):
+    net = Resnet9(width=4).make(1, 16, 2, 0).eval()
+    model = onnx.version_converter.convert_version(onnx.load_from_string(export_onnx(net, 1, 16)), opset)
+    shipped = ship_onnx(model.SerializeToString(), {})
+    assert [each.version for each in onnx.load_from_string(shipped).opset_import] == [opset]
+    assert tried(model.SerializeToString(), shipped).own_size == 0

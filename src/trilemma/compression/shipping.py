@@ -14,7 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from trilemma.errors import Failure
 
-#: Of the operator set, the first in which Resize has antialiasing.
+#: The first operator set in which Resize has antialiasing; models of a later one keep theirs.
 OPSET = 18
 
 #: Limits on what a file may say of its images; those of `trilemma.data.specs` lie within.
@@ -44,7 +44,8 @@ def ship_onnx(onnx_bytes: bytes, properties: Mapping[str, str]) -> bytes:
     model = _read(onnx_bytes)
     channels, size = _image_of(model)
     told = {entry.key: entry.value for entry in model.metadata_props}
-    model = version_converter.convert_version(model, OPSET)
+    if max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=0) < OPSET:
+        model = version_converter.convert_version(model, OPSET)
     _prepend(model, channels, size)
     _append_softmax(model)
     helper.set_model_props(model, dict(sorted({**told, **properties}.items())))
