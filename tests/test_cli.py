@@ -42,7 +42,7 @@ def test_help_imports_nothing_heavy():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    for command in ("run", "check", "report", "export", "list", "show", "data", "ledger"):
+    for command in ("run", "check", "report", "export", "export-model", "list", "show", "data", "ledger"):
         assert command in ended.stdout
 
 

@@ -20,7 +20,8 @@ SAID = {
 
 
 def test_every_example_is_tested():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == SAID.keys()
+    # The last one needs an exported model: tests/study/test_export_model.py runs it.
+    assert {path.name for path in EXAMPLES.glob("*.py")} == SAID.keys() | {"predict_without_torch.py"}
 
 
 @pytest.mark.parametrize("name", sorted(SAID))

@@ -1,7 +1,9 @@
-"""Files that are either whole or not there, whatever is killed when."""
+"""Files and folders that are either whole or not there, whatever is killed when."""
 
 import errno
 import os
+import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,6 +30,49 @@ def atomic_write(path: Path, content: bytes) -> None:
         with suppress(OSError):  # what stopped the writing may stop this too
             partial.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def atomic_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of files by way of a temporary one beside it, flushed to disk before it takes the name.
+
+    A folder of that name is replaced with all that it holds: whoever calls this has looked at what that is. It stands
+    aside while the new one takes its name, and comes back where that fails.
+
+    Args:
+        folder: Its name; the folders above it are made where they are missing.
+        files: File name -> content.
+
+    Raises:
+        Failure: If the disk is full or the place cannot be written; an older folder stays as it was.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{what}") for what in ("part", "old"))
+    try:
+        partial.mkdir(parents=True)
+        for name, content in files.items():
+            with (partial / name).open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        flush_folder(partial)
+        _take_name(partial, folder, old)
+        flush_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise cannot_write(folder, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_name(partial: Path, folder: Path, old: Path) -> None:
+    """Renames a folder to a name that another one may have, which gets the name `old`."""
+    replaces = folder.exists()
+    if replaces:
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if replaces:
+            old.rename(folder)
+        raise
 
 
 def flush_folder(folder: Path) -> None:

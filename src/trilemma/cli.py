@@ -22,6 +22,7 @@ from trilemma.cli_options import (
     console,
     data_roots,
     load_plan,
+    possible_path,
 )
 from trilemma.errors import TrilemmaError, UserError
 
@@ -147,6 +148,27 @@ def export(
     _refuse_empty(results, store)
     writer(results, out)
     console().print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+@app.command("export-model")
+def export_model(
+    key: Annotated[str, typer.Argument(help="The key of an artefact, or its beginning.")],
+    to: Annotated[Path, typer.Option("--to", help="The folder to write.", show_default=False, callback=possible_path)],
+    store: StoreFolder = DEFAULT_STORE,
+) -> None:
+    """Export one model so that it stands alone: ONNX with its preprocessing inside, a model card, and checksums."""
+    from trilemma.report.model_card import card_json, card_markdown
+    from trilemma.study.handover import CARD, FACTS, MODEL, hand_over, refuse_occupied
+    from trilemma.study.inspect import find_artefact
+    from trilemma.study.shipment import shipment
+    from trilemma.study.store import Store
+
+    with Store(store) as opened:
+        artefact = find_artefact(opened, key)
+        place = refuse_occupied(to, artefact.key)
+        about, model = shipment(opened, artefact)
+    hand_over(place, {MODEL: model, CARD: card_markdown(about).encode(), FACTS: card_json(about).encode()})
+    console().print(f"wrote {to}: {MODEL} ({len(model)} bytes) of {artefact.key}", highlight=False, soft_wrap=True)
 
 
 @app.command("list")

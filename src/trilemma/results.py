@@ -6,6 +6,7 @@ The report never sees the store, so that either can change without the other.
 from dataclasses import dataclass, field
 from typing import Any
 
+from trilemma.compression.trial import Agreement
 from trilemma.evaluation.measurement import Measurement
 from trilemma.privacy.guarantee import Guarantee
 
@@ -179,3 +180,40 @@ class Results:
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     public: tuple[DataFacts, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """Everything that a store tells of one artefact that ships.
+
+    Attributes:
+        results: Of its training, of itself and of whatever the store measured of it; its name is that of a study that
+            asked for it, or "" where none that the store knows did.
+        settings: What the training was made of, in the words of its specs: {"data": "phantom 64", ...}.
+        compression: The resolved compression as JSON.
+        studies: Names of the stored studies that ask for the artefact as they were last run.
+        split: What it was measured on, "test" or "val".
+        from_files: Whether the training's images came from image files by the loader whose resizing the shipped file
+            repeats; else they had the model's size already.
+        channels: Of the model's images, 1 or 3.
+        image_size: Their height and width in pixels.
+        classes: Class names in the order of the answers.
+        preprocessing: What the shipped file does before the model, a sentence each.
+        agreement: Of the shipped file with loader and artefact.
+        file_bytes: Size of the shipped file.
+        measured_on: Label of an evaluation -> versions and machine, as JSON.
+    """
+
+    results: Results
+    settings: dict[str, str]
+    compression: dict[str, Any]
+    studies: tuple[str, ...]
+    split: str
+    from_files: bool
+    channels: int
+    image_size: int
+    classes: tuple[str, ...]
+    preprocessing: tuple[str, ...]
+    agreement: Agreement
+    file_bytes: int
+    measured_on: dict[str, dict[str, Any]] = field(default_factory=dict)

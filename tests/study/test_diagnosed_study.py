@@ -17,9 +17,10 @@ from trilemma.evaluation.measurement import Measurement
 from trilemma.evaluation.specs import Diagnostics, Transfer
 from trilemma.report.configurations import configuration_rows
 from trilemma.study import engine
-from trilemma.study.assemble import NOT_DIAGNOSED, assemble
+from trilemma.study.assemble import assemble
 from trilemma.study.combine import diagnostics_key, evidence_keys, key_of, pair_keys
 from trilemma.study.diagnose_job import diagnose_job
+from trilemma.study.judgement import NOT_DIAGNOSED
 from trilemma.study.keys import evaluation_key
 from trilemma.study.rows import EvaluationRow
 from trilemma.study.store import Store

@@ -1,4 +1,4 @@
-"""ONNX Runtime on a CPU: the accuracy and the latency of an exported file."""
+"""ONNX Runtime on a CPU: the accuracy and the latency of an exported file, and the answers of one that ships."""
 
 import time
 from typing import NamedTuple
@@ -37,14 +37,7 @@ class Session:
     """
 
     def __init__(self, onnx_bytes: bytes, threads: int = 1):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        try:
-            self._session = onnxruntime.InferenceSession(onnx_bytes, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
-            raise Failure("model file", f"it cannot be loaded ({_first_line(error)})", _REMEDY) from error
+        self._session = _loaded(onnx_bytes, threads)
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
         outputs = [value.name for value in self._session.get_outputs()]
         if list(inputs) != ["image"] or outputs != ["logits"]:
@@ -89,12 +82,52 @@ class Session:
     def _run(self, x: np.ndarray) -> np.ndarray:
         try:
             logits = np.asarray(self._session.run(["logits"], {"image": x})[0])
-        except Exception as error:  # as above
+        except Exception as error:  # as in `_loaded`
             raise Failure("model file", f"it cannot be run ({_first_line(error)})", _REMEDY) from error
         if len(logits) != len(x):  # a network that computes with the batch size as a number keeps the exporter's
             problem = f"it gives {len(logits)} answers to {len(x)} images"
             raise Failure("model file", problem, "write the network so that its batch size stays free (x.shape[0])")
         return logits
+
+
+class ShippedSession:
+    """A loaded model with its preprocessing inside, as `shipping.ship_onnx` makes it.
+
+    Args:
+        onnx_bytes: The file's bytes.
+
+    Raises:
+        Failure: Where ONNX Runtime cannot run them.
+    """
+
+    def __init__(self, onnx_bytes: bytes):
+        self._session = _loaded(onnx_bytes, threads=1)
+
+    def answers(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns logits and probabilities, both (N, K) float32.
+
+        Args:
+            images: Decoded files of one size, uint8 (N, H, W) or (N, H, W, C) as the model takes them.
+
+        Raises:
+            Failure: Where the model cannot be run on them.
+        """
+        try:
+            logits, probabilities = self._session.run(["logits", "probabilities"], {"image": images})
+        except Exception as error:  # as in `_loaded`
+            raise Failure("model file", f"it cannot be run ({_first_line(error)})", _REMEDY) from error
+        return np.asarray(logits), np.asarray(probabilities)
+
+
+def _loaded(onnx_bytes: bytes, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(onnx_bytes, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but this one
+        raise Failure("model file", f"it cannot be loaded ({_first_line(error)})", _REMEDY) from error
 
 
 _REMEDY = "export the model again with this version of trilemma and onnxruntime"

@@ -71,12 +71,29 @@ def read_image(path: Path, size: int, mode: str) -> np.ndarray:
             if upright.mode in _SIXTEEN_BIT or upright.mode == "F":
                 return _finish_deep(_unit_range(path, upright), size, mode)
             flat = _without_alpha(upright).convert("L" if mode == "grey" else "RGB")
-            array = np.asarray(flat.resize((size, size), Image.Resampling.BILINEAR))
+            return _square(flat, size)
         except UserError:
             raise
         except Exception as error:  # a decoder may raise anything when its input is hostile
             raise UserError(str(path), f"cannot be decoded ({error})", _REMEDY) from None
-    return array[None] if mode == "grey" else array.transpose(2, 0, 1)
+
+
+def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Returns decoded pixels resized as `read_image` resizes an 8-bit file: what a shipped model must do itself.
+
+    Args:
+        pixels: uint8, (H, W) of a grey image or (H, W, 3).
+        size: Height and width in pixels.
+
+    Returns:
+        (1 or 3, size, size): uint8.
+    """
+    return _square(Image.fromarray(pixels), size)
+
+
+def _square(image: Image.Image, size: int) -> np.ndarray:
+    array = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def png_bytes(image_CHW: np.ndarray) -> bytes:

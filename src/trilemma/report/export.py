@@ -84,7 +84,7 @@ def export_json(results: Results, path: Path) -> None:
         ],
         "missing": list(results.missing),
     }  # fmt: skip
-    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False, default=str)
     atomic_write(Path(path), (clean(text) + "\n").encode())
 
 
@@ -207,11 +207,12 @@ def _cell(value: Any) -> str:
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Returns a JSON-like value with None for every number that is not finite."""
     if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
+        return {str(name): finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,32 +1,23 @@
 """From the store to what a report reads: the results of one study, and what is missing of it."""
 
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.attack import Attack
-from trilemma.evaluation.bounds import Known, known_from, marked, told
 from trilemma.evaluation.estimates import undefined
-from trilemma.evaluation.flags import withheld
 from trilemma.evaluation.measurement import Measurement, on_split
 from trilemma.evaluation.specs import AllAtOnce, Diagnostics, EvaluationSpec, Transfer
-from trilemma.evaluation.strength import strength
 from trilemma.federation.doubts import doubts_about_rule, doubts_about_threat
 from trilemma.federation.early_stopping import best_round
 from trilemma.results import Artefact, DataFacts, Evaluated, Example, Results, Run
 from trilemma.study.combine import diagnostics_key, key_of, pair_keys, why_undefined
 from trilemma.study.facts import facts_key, public_data, public_key
+from trilemma.study.judgement import Found, doubts_of, judged
 from trilemma.study.plan import Cell, Plan, Training
 from trilemma.study.store import Store
 
 #: Examples that a report shows at most; each is three images.
 MAX_EXAMPLES = 24
-
-_ATTACKS = (Attack, Transfer, AllAtOnce)
-
-#: Why robust accuracies are withheld until it has been looked whether they are real.
-NOT_DIAGNOSED = "withheld until the diagnostics have run"
 
 
 def assemble(plan: Plan, store: Store, toml: str, command: str) -> Results:
@@ -39,7 +30,7 @@ def assemble(plan: Plan, store: Store, toml: str, command: str) -> Results:
         command: What reproduces it.
     """
     missing: list[str] = []
-    runs = [run for training in plan.trainings if (run := _run(training, store, missing))]
+    runs = [run for training in plan.trainings if (run := run_of(training, store, missing))]
     artefacts, evaluated, examples = [], [], []
     for cell in plan.cells:
         artefact = _artefact(cell, store)
@@ -68,7 +59,8 @@ def assemble(plan: Plan, store: Store, toml: str, command: str) -> Results:
     )
 
 
-def _run(training: Training, store: Store, missing: list[str]) -> Run | None:
+def run_of(training: Training, store: Store, missing: list[str]) -> Run | None:
+    """Returns what a report knows of a training, or None and a phrase more in `missing`."""
     row = store.run(training.key)
     if row is None:
         missing.append(f"training {training.configuration}, seed {training.spec.seed}")
@@ -116,7 +108,7 @@ def _artefact(cell: Cell, store: Store) -> Artefact | None:
 
 def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list[tuple[Evaluated, tuple[Example, ...]]]:
     """Returns every evaluation of an artefact; a transfer is one with a row for each source and one for the worst."""
-    doubts, measured = _doubts(plan, cell, store), []
+    measured: list[tuple[Found, tuple[Example, ...]]] = []
     for spec in plan.evaluations:
         keys = _keys(plan, cell, spec)
         measurements: tuple[Measurement, ...] = ()
@@ -130,34 +122,10 @@ def _evaluated(plan: Plan, cell: Cell, store: Store, missing: list[str]) -> list
         measurements += tuple(measurement for row in rows for measurement in row.measurements)
         seconds = sum(row.seconds for row in rows)
         label = str(rows[0].spec["label"]) if rows and isinstance(spec, Attack) else spec.label
-        found = Evaluated(cell.key, label, spec.kind, measurements, seconds)
-        measured.append((spec, found, tuple(example for row in rows for example in row.examples)))
-    known = [what for spec, found, _ in measured for what in _known_of(plan, cell, spec, found)]
-    judged = partial(_judged, plan, cell, known=known, doubts=doubts)
-    return [(judged(spec, found), examples) for spec, found, examples in measured]
-
-
-def _known_of(plan: Plan, cell: Cell, spec: EvaluationSpec, found: Evaluated) -> list[Known]:
-    if not isinstance(spec, (Diagnostics, *_ATTACKS)):
-        return []
-    label = "" if isinstance(spec, Diagnostics) else found.evaluation
-    return known_from(key_of(plan, cell, spec), label, spec.norm, found.measurements)
-
-
-def _judged(
-    plan: Plan, cell: Cell, spec: EvaluationSpec, found: Evaluated, *, known: list[Known], doubts: dict[Budget, str]
-) -> Evaluated:
-    """Returns an evaluation with what may be read of it: bounds are marked, doubtful values withheld."""
-    if isinstance(spec, Diagnostics):
-        within = {spec.radius: doubts[spec.budget]}
-        shown = (_withheld(m, within) if m.metric == "robust_accuracy_bound" else m for m in told(found.measurements))
-        return replace(found, measurements=tuple(shown))
-    if not isinstance(spec, _ATTACKS):
-        return found
-    measurements = marked(key_of(plan, cell, spec), found.evaluation, spec.norm, found.measurements, known)
-    within = {budget.radius: doubts[budget] for budget in spec.budgets}
-    measurements = tuple(_withheld(measurement, within) for measurement in measurements)
-    return replace(found, measurements=measurements, strength=strength(spec))
+        found = Found(key_of(plan, cell, spec), spec, Evaluated(cell.key, label, spec.kind, measurements, seconds))
+        measured.append((found, tuple(example for row in rows for example in row.examples)))
+    shown = judged([found for found, _ in measured], _doubts(plan, cell, store))
+    return list(zip(shown, (examples for _, examples in measured), strict=True))
 
 
 def _keys(plan: Plan, cell: Cell, spec: EvaluationSpec) -> list[str]:
@@ -167,33 +135,8 @@ def _keys(plan: Plan, cell: Cell, spec: EvaluationSpec) -> list[str]:
 
 
 def _doubts(plan: Plan, cell: Cell, store: Store) -> dict[Budget, str]:
-    """Returns why robustness within each budget is withheld: raised flags, or diagnostics that were not made; or ""."""
-    doubts: dict[Budget, list[str]] = {}
-    hidden: dict[str, list[str]] = {}
-    for spec in plan.evaluations:
-        if isinstance(spec, Diagnostics):
-            row = store.evaluation(diagnostics_key(plan, cell, spec))
-            doubts.setdefault(spec.budget, []).append(withheld(row.measurements) if row else NOT_DIAGNOSED)
-            hidden.setdefault(spec.norm, []).append(withheld(row.measurements, elsewhere=True) if row else "")
-    return {budget: _joined(own) or _elsewhere(hidden[budget.norm]) for budget, own in doubts.items()}
-
-
-def _elsewhere(hidden: list[str]) -> str:
-    """Returns why nothing is believed within a radius where no flag was raised: one was within another radius."""
-    why = _joined(hidden)
-    return f"within another radius of this norm {why}" if why else ""
-
-
-def _joined(reasons: list[str]) -> str:
-    return "; ".join(dict.fromkeys(filter(None, reasons)))
-
-
-def _withheld(measurement: Measurement, doubts: dict[float, str]) -> Measurement:
-    """Returns a measurement under attack without its value where there is a doubt at its radius."""
-    doubt = doubts.get(measurement.radius, "") if measurement.radius is not None else ""
-    if measurement.value is None or not doubt:
-        return measurement
-    return measurement._replace(value=None, low=None, high=None, status="withheld", reason=doubt)
+    specs = [spec for spec in plan.evaluations if isinstance(spec, Diagnostics)]
+    return doubts_of((spec.budget, store.evaluation(diagnostics_key(plan, cell, spec))) for spec in specs)
 
 
 def _undefined(spec: Transfer | AllAtOnce, reason: str) -> tuple[Measurement, ...]:

@@ -80,7 +80,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _lost(path, str(error)) from error
+        raise lost(path, str(error)) from error
 
 
 def load_texts(path: Path) -> dict[str, str]:
@@ -93,7 +93,7 @@ def load_texts(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise _lost(path, str(error)) from error
+        raise lost(path, str(error)) from error
 
 
 def open_model(path: Path, threads: int) -> Session:
@@ -107,7 +107,7 @@ def open_model(path: Path, threads: int) -> Session:
     except Failure as error:
         if error.where == str(path):
             raise
-        raise _lost(path, error.problem) from error
+        raise lost(path, error.problem) from error
 
 
 def read_model(path: Path) -> bytes:
@@ -120,9 +120,10 @@ def read_model(path: Path) -> bytes:
         found = path.read_bytes()
         return unpack(found) if is_packed(found) else found
     except (OSError, ValueError) as error:
-        raise _lost(path, str(error)) from error
+        raise lost(path, str(error)) from error
 
 
-def _lost(path: Path, why: str) -> Failure:
+def lost(path: Path, why: str) -> Failure:
+    """Returns the failure that says that a file of the store is missing or damaged."""
     problem = f"cannot be read ({why})" if path.exists() else "is missing"
     return Failure(str(path), problem, "Put the file back from a copy, or name another folder with --store")

@@ -37,17 +37,45 @@ def show_key(store: Store, wanted: str, console: Console) -> None:
     Raises:
         UserError: If the key names nothing, or more than one.
     """
+    table, key = find_key(store, wanted)
+    if table == "runs" and (run := store.run(key)):
+        _show_run(store, run, console)
+    elif artefact := store.artefact(key):
+        _show_artefact(store, artefact, console)
+
+
+def find_key(store: Store, wanted: str) -> tuple[str, str]:
+    """Returns the table, "runs" or "artefacts", and the key that a key or its beginning names.
+
+    Raises:
+        UserError: If it names nothing, or more than one.
+    """
     found = [(table, key) for table in ("runs", "artefacts") for key in store.keys(table) if _matches(key, wanted)]
     if not found:
         raise UserError(f"key '{wanted}'", "names nothing in this store", "See the keys with: trilemma list")
     if len(found) > 1:
         keys = ", ".join(sorted(key for _, key in found)[:5])
         raise UserError(f"key '{wanted}'", f"is the beginning of several: {keys}", "Give more of it")
-    table, key = found[0]
-    if table == "runs" and (run := store.run(key)):
-        _show_run(store, run, console)
-    elif artefact := store.artefact(key):
-        _show_artefact(store, artefact, console)
+    return found[0]
+
+
+def find_artefact(store: Store, wanted: str) -> ArtefactRow:
+    """Returns the artefact that its key names, or that of the training which has no other.
+
+    Raises:
+        UserError: If the key names nothing, more than one, or a training of which there is not one artefact.
+    """
+    table, key = find_key(store, wanted)
+    artefacts = [store.artefact(key)] if table == "artefacts" else store.artefacts_of(key)
+    there = [artefact for artefact in artefacts if artefact is not None]
+    if not there:
+        problem = f"is the training {key}, of which there is no artefact yet"
+        raise UserError(f"key '{wanted}'", problem, "Run its study to the end")
+    if len(there) > 1:
+        listed = "; ".join(f"{artefact.key} ({artefact.compression['label']})" for artefact in there)
+        problem = f"is a training with {len(there)} artefacts: {listed}"
+        raise UserError(f"key '{wanted}'", problem, "Give the key of one of them")
+    return there[0]
 
 
 def _matches(key: str, wanted: str) -> bool:

@@ -25,20 +25,36 @@ def load_study(path: Path, overrides: tuple[str, ...] = ()) -> Study:
         UserError: Naming the file, the field and what to do.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(
             str(path), "there is no such file", "Give the path of a study file, such as studies/quickstart.toml"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"could not be read ({error})", "Give the path of a study file in UTF-8") from None
+    return parse_study(text, str(path), overrides)
+
+
+def parse_study(text: str, where: str, overrides: tuple[str, ...] = ()) -> Study:
+    """Returns the study that a file's text describes.
+
+    Args:
+        text: TOML.
+        where: What to call the file in a message.
+        overrides: As of `load_study`.
+
+    Raises:
+        UserError: As of `load_study`.
+    """
+    try:
+        raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(str(path), f"is not valid TOML: {error}", "Mend the line it names") from None
+        raise UserError(where, f"is not valid TOML: {error}", "Mend the line it names") from None
     except RecursionError:
-        raise UserError(str(path), "nests tables or lists too deeply", "Write it flatter") from None
+        raise UserError(where, "nests tables or lists too deeply", "Write it flatter") from None
     for override in overrides:
         _apply(raw, override)
-    return validate(Study, raw, str(path))
+    return validate(Study, raw, where)
 
 
 def validate(model: type[BaseModel], raw: dict[str, Any], where: str, prefix: str = "") -> Any:

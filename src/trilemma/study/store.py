@@ -217,6 +217,11 @@ class Store:
             examples=tuple(_example(artefact_key, values) for values in examples),
         )
 
+    def evaluations_of(self, artefact_key: str) -> list[EvaluationRow]:
+        """Returns every evaluation of an artefact, in the order in which they were stored."""
+        keys = self._rows("SELECT key FROM evaluations WHERE artefact_key = ? ORDER BY rowid", artefact_key)
+        return [row for (key,) in keys if (row := self.evaluation(key))]
+
     def outcomes(self, evaluation_key: str) -> tuple[Outcome, ...]:
         """Returns the logits that an evaluation kept."""
         rows = self._rows(
