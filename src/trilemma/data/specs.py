@@ -100,7 +100,11 @@ class Phantom(Source):
 
     def read(self, roots: DataRoots) -> Dataset:
         """Returns the data set, rendered or from the cache."""
-        plan = PhantomPlan(
+        return load_phantom(self.plan(), roots)
+
+    def plan(self) -> PhantomPlan:
+        """Returns which phantoms these are, for those who draw some of them."""
+        return PhantomPlan(
             size=self.size,
             num_images=(self.train, self.val, self.test),
             num_sites=self.sites,
@@ -109,7 +113,6 @@ class Phantom(Source):
             images_per_patient=self.images_per_patient,
             seed=self.seed,
         )
-        return load_phantom(plan, roots)
 
 
 class Medmnist(Source):

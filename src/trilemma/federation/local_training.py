@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from trilemma.data.records import Records
 from trilemma.federation.augmentation import augment
 from trilemma.federation.clients import Client
+from trilemma.federation.gradual_pruning import kept
 from trilemma.federation.optimizers import State
+from trilemma.federation.quantised_training import Rounding, set_rounded
 from trilemma.federation.specs import Augmentation, FedProx, TrainSpec
 from trilemma.federation.streams import client_stream, private_generator
 from trilemma.federation.units import added, unit_gradient_sum, whole_units
@@ -59,6 +62,7 @@ def local_train(
     round_index: int,
     optimizer_state: State | None = None,
     clip: float | None = None,
+    rounding: Rounding | None = None,
 ) -> LocalResult:
     """Trains from the weights in `classifier`, which hold the round's model, and leaves the result in it.
 
@@ -70,6 +74,7 @@ def local_train(
         round_index: From 0.
         optimizer_state: To go on with; None starts afresh.
         clip: The clipping norm to start with, where it adapts; None for the plan's first.
+        rounding: How the network that it trains is rounded; None: not at all.
     """
     optimizer, augmentation = spec.local.make(), spec.local.augmentation
     params_P = start_P = get_params(classifier)
@@ -77,8 +82,10 @@ def local_train(
     draws = _draws(spec, client, round_index, classifier.device)
     total_loss, seen, noised_count = 0.0, 0, None
     classifier.train()
-    dropout = client_stream(spec, client, "dropout", round_index)
-    with global_seed(*dropout), classifier.computing_in(spec.local.dtype):
+    dropout, keep_P = client_stream(spec, client, "dropout", round_index), kept(spec, classifier, start_P)
+    put = set_params if rounding is None else set_rounded
+    put(classifier, params_P)
+    with global_seed(*dropout), classifier.computing_in(spec.local.dtype), _rounded(classifier, rounding):
         for step, drawn in enumerate(batches(spec, client, len(records), round_index)):
             time = round_index + step / client.steps  # in rounds
             objective = spec.local.adjusted(spec.defence.make(time / spec.rounds))
@@ -96,10 +103,16 @@ def local_train(
             if isinstance(spec.algorithm, FedProx):
                 gradient_P = gradient_P + spec.algorithm.mu * (params_P - start_P)
             params_P, state = optimizer.step(params_P, gradient_P, state, learning_rate(spec, time))
-            set_params(classifier, params_P)
+            params_P = params_P if keep_P is None else params_P.masked_fill(~keep_P, 0.0)
+            put(classifier, params_P)
             total_loss, seen = total_loss + float(loss_B.sum()), seen + len(loss_B)
+    set_params(classifier, params_P)
     loss = total_loss / seen if seen else math.nan
     return LocalResult(params_P - start_P, get_buffers(classifier), loss, state, clip, noised_count)
+
+
+def _rounded(classifier: Classifier, rounding: Rounding | None) -> AbstractContextManager[None]:
+    return nullcontext() if rounding is None else rounding.activations(classifier)
 
 
 class Draws(NamedTuple):

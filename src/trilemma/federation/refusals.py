@@ -91,6 +91,16 @@ def why_no_downlink(spec: "TrainSpec") -> str:
     )
 
 
+def why_no_pruning(spec: "TrainSpec") -> str:
+    """Returns why weights may not leave while a model is trained; empty where they may."""
+    if spec.pruning is None or spec.early_stopping is None:
+        return ""
+    return (
+        "early_stopping may choose a round before pruning has ended, and the model would not be as sparse as asked; "
+        "leave early_stopping out, or prune the finished model ([[compressions]] kind = 'prune')"
+    )
+
+
 def why_no_such_threat(spec: "TrainSpec") -> str:
     """Returns why a threat cannot act in a training; empty where it can."""
     threat, federated = spec.threat, spec.algorithm.kind in ("fedavg", "fedprox")

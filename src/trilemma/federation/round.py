@@ -13,8 +13,10 @@ from trilemma.federation.admission import digest
 from trilemma.federation.clients import Client, participants
 from trilemma.federation.downlink import bytes_down, come_down
 from trilemma.federation.early_stopping import best_so_far, look
+from trilemma.federation.gradual_pruning import kept, pruned
 from trilemma.federation.local_training import LocalResult, drawn_records, load_model, local_train
 from trilemma.federation.malice import forged
+from trilemma.federation.quantised_training import Rounding, rounding_of
 from trilemma.federation.root import root_update
 from trilemma.federation.server import Aggregated, Federation, aggregate, sees_single_updates, server_step
 from trilemma.federation.specs import Averaging, FedAvg
@@ -29,7 +31,9 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     """Returns the state after one more round."""
     started, spec = time.perf_counter(), federation.spec
     chosen = who_takes_part(federation, state.round)
-    results = {client.name: _train(federation, client, state) for client in chosen}
+    load_model(federation.classifier, state.params_P, state.buffers_Q)
+    rounding = rounding_of(spec, federation.classifier, federation.phantoms_NCHW, state.round)
+    results = {client.name: _train(federation, client, state, rounding) for client in chosen}
     num_steps = max((client.steps for client in chosen), default=1)
     root_P = root_update(spec, federation.root, federation.classifier, state, num_steps)
     results, plot = forged(federation, chosen, results, state, root_P)
@@ -40,10 +44,10 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     if aggregated.update_P is not None:
         params_P, server = server_step(spec, params_P, aggregated.update_P, server)
     down = come_down(federation, state, params_P, aggregated.buffers_Q)
-    average_P, average_Q = averaged(spec.averaging, state, down.params_P, aggregated.buffers_Q)
+    params_P, average_P, average_Q = _sparse(federation, state, down.params_P, aggregated.buffers_Q)
     following = TrainingState(
         state.round + 1,
-        down.params_P,
+        params_P,
         aggregated.buffers_Q,
         server,
         private_steps=_charged(federation, chosen, state),
@@ -74,6 +78,22 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     unlisted = state.unlisted_seconds + (seconds if federation.plan is not None else 0.0)
     following = replace(following, clients=kept, history=(*state.history, row), unlisted_seconds=unlisted)
     return replace(following, best_P=best_P, best_Q=best_Q)
+
+
+def _sparse(
+    federation: Federation, state: TrainingState, params_P: Tensor, buffers_Q: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns the round's parameters and their moving average, where there is one, pruned; everybody can do that alike.
+
+    The average remembers weights that have left since, so it is given the zeros of the parameters.
+    """
+    spec, classifier = federation.spec, federation.classifier
+    params_P = pruned(spec, classifier, params_P, state.round + 1)
+    average_P, average_Q = averaged(spec.averaging, state, params_P, buffers_Q)
+    keep_P = kept(spec, classifier, params_P)
+    if average_P is not None and keep_P is not None:
+        average_P = average_P.masked_fill(~keep_P, 0.0)
+    return params_P, average_P, average_Q
 
 
 def _digests(federation: Federation, results: dict[str, LocalResult], aggregated: Aggregated) -> list[str]:
@@ -160,9 +180,9 @@ def _charged(federation: Federation, chosen: list[Client], state: TrainingState)
     return steps
 
 
-def _train(federation: Federation, client: Client, state: TrainingState) -> LocalResult:
+def _train(federation: Federation, client: Client, state: TrainingState, rounding: Rounding | None) -> LocalResult:
     classifier, spec = federation.classifier, federation.spec
     load_model(classifier, state.params_P, state.buffers_Q)
     records = client.training_records(spec, classifier, state.round, drawn_records(spec, client, state.round))
     clip = state.clips.get(EVERYBODY, state.clips.get(client.name)) if client.plan is not None else None
-    return local_train(spec, client, classifier, records, state.round, state.clients.get(client.name), clip)
+    return local_train(spec, client, classifier, records, state.round, state.clients.get(client.name), clip, rounding)

@@ -48,6 +48,7 @@ class Federation:
         fingerprint: Of the data set; names the server's private streams together with the training.
         looked_at: Records that choose the round whose weights become the model, where early stopping does.
         root: The server's own records, where the rule of aggregation trusts them.
+        phantoms_NCHW: What sets activation ranges, where the rounded network is trained.
     """
 
     spec: TrainSpec
@@ -58,6 +59,7 @@ class Federation:
     fingerprint: str = ""
     looked_at: Records | None = None
     root: Records | None = None
+    phantoms_NCHW: Tensor | None = None
 
 
 class Aggregated(NamedTuple):

@@ -14,10 +14,12 @@ from trilemma.federation.refusals import (
     why_no_codec,
     why_no_downlink,
     why_no_looks,
+    why_no_pruning,
     why_no_root,
     why_no_such_threat,
     why_unsound,
 )
+from trilemma.federation.smaller import GradualPruning, Int8Training
 from trilemma.models.specs import ModelSpec, Resnet9
 from trilemma.privacy.specs import NoPrivacy, PrivacySpec
 from trilemma.robustness.objective import Objective
@@ -332,6 +334,8 @@ class TrainSpec(Spec):
         codec: How updates are written for the network; None: in float32.
         downlink: How the model's change in a round is written on its way down; everybody, the server included, goes on
             from what was written. None: the whole model comes down in every round, in float32.
+        pruning: Makes the smallest weights zero while the model is trained; None: none.
+        quantisation: Trains the model as int8 will compute it; None: in float.
         rounds: Rounds of the federation; epochs of training pass by `local`.
         seed: Of everything random.
     """
@@ -351,6 +355,8 @@ class TrainSpec(Spec):
     threat: ThreatSpec = NoThreat()
     codec: CodecSpec | None = None
     downlink: CodecSpec | None = None
+    pruning: GradualPruning | None = None
+    quantisation: Int8Training | None = None
     rounds: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0)
 
@@ -379,7 +385,7 @@ class TrainSpec(Spec):
     @model_validator(mode="after")
     def _privacy_is_sound(self) -> "TrainSpec":
         reason = why_unsound(self) or why_no_looks(self) or why_no_root(self) or why_no_such_threat(self)
-        reason = reason or why_no_codec(self) or why_no_downlink(self)
+        reason = reason or why_no_codec(self) or why_no_downlink(self) or why_no_pruning(self)
         if reason:
             raise ValueError(reason)
         return self

@@ -22,6 +22,7 @@ from trilemma.federation.early_stopping import images_to_look_at
 from trilemma.federation.local_training import load_model
 from trilemma.federation.outside import malicious_outside, outside_phrases, unpromised
 from trilemma.federation.pretraining import pretrain
+from trilemma.federation.quantised_training import phantoms_for, refuse_unfoldable
 from trilemma.federation.root import root_images
 from trilemma.federation.server import Federation, server_optimizer
 from trilemma.federation.specs import Centralised, TrainSpec
@@ -60,13 +61,15 @@ def prepare(
     refuse_other_classes(spec, dataset)
     refuse_unfit_threat(spec, dataset)
     refuse_batch_norm_under_dp(spec, classifier)
+    refuse_unfoldable(spec, classifier)
     partition = spec.partition.make()(dataset, spec.seed)
     clients = make_clients(spec, dataset, partition)
     refuse_idle_threat(spec, clients)
     refuse_lone_records(spec, clients, classifier)
     plan = server_plan(spec, len(clients))
-    own = root_images(spec, dataset, root)
-    return Federation(spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint, looked_at, own)
+    own, phantoms = root_images(spec, dataset, root), phantoms_for(spec, dataset)
+    whole = (spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint, looked_at, own, phantoms)
+    return Federation(*whole)
 
 
 def initial_state(federation: Federation, public: Dataset | None = None) -> TrainingState:
