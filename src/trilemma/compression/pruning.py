@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from trilemma.compression.folding import plain_copy
 from trilemma.models.classifier import Classifier
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
 
 
 def prune(classifier: Classifier, fraction: float) -> Classifier:
@@ -12,8 +13,8 @@ def prune(classifier: Classifier, fraction: float) -> Classifier:
 
     Global magnitude pruning (Han et al., 2015): one threshold for all weights of convolutions and linear layers
     together; biases and normalisation stay. Standardised weights are folded first, so that their magnitudes are those
-    that the network computes with. Equal magnitudes go in the order of the layers, so the result is always the same. It
-    reads no image.
+    that the network computes with, and compared by `layer_adaptive`: how long they are, their layer's size decides.
+    Equal magnitudes go in the order of the layers, so the result is always the same. It reads no image.
 
     Args:
         classifier: The network; unchanged.
@@ -25,11 +26,30 @@ def prune(classifier: Classifier, fraction: float) -> Classifier:
     pruned = plain_copy(classifier)
     weights = _weights(pruned)
     with torch.no_grad():
-        weights_P = torch.cat([weight.flatten() for weight in weights]) if weights else torch.empty(0)
+        scores = [layer_adaptive(weight) for weight in weights] if has_standardised(classifier) else weights
+        weights_P = torch.cat([score.flatten() for score in scores]) if scores else torch.empty(0)
         leaves_P = smallest_P(weights_P, torch.ones_like(weights_P, dtype=torch.bool), fraction)
         for weight, leaves in zip(weights, leaves_P.split([weight.numel() for weight in weights]), strict=True):
             weight.masked_fill_(leaves.reshape(weight.shape), 0.0)
     return pruned
+
+
+def layer_adaptive(weight: Tensor) -> Tensor:
+    """Returns a score for each weight of a layer: its square over the squares of all that are not smaller.
+
+    The smallest scores of a network are what its answers need least, whatever the scale of each layer; the largest
+    weight of a layer scores 1, so that no layer vanishes before the others. Lee et al. (2021), equation 5 (LAMP).
+    """
+    squares_n, order_n = weight.detach().double().square().flatten().sort(stable=True)
+    not_smaller_n = squares_n.flip(0).cumsum(0).flip(0)
+    scores_n = torch.empty_like(squares_n)
+    scores_n[order_n] = torch.where(not_smaller_n > 0, squares_n / not_smaller_n, 0.0)
+    return scores_n.reshape(weight.shape).to(weight.dtype)
+
+
+def has_standardised(classifier: Classifier) -> bool:
+    """Returns whether a network has convolutions whose weights are standardised."""
+    return any(isinstance(layer, WeightStandardisedConv2d) for layer in classifier.modules())
 
 
 def smallest_P(params_P: Tensor, prunable_P: Tensor, fraction: float) -> Tensor:

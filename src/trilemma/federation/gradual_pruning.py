@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trilemma.compression.pruning import prunable, smallest_P
+from trilemma.compression.pruning import has_standardised, layer_adaptive, prunable, smallest_P
 from trilemma.federation.specs import TrainSpec
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import set_params
@@ -23,7 +23,7 @@ def pruned(spec: TrainSpec, classifier: Classifier, params_P: Tensor, rounds_don
         return params_P
     set_params(classifier, params_P)
     share = spec.pruning.share(rounds_done, spec.rounds)
-    return params_P.masked_fill(smallest_P(_as_used(classifier, params_P), prunable(classifier), share), 0.0)
+    return params_P.masked_fill(smallest_P(_scores(classifier, params_P), prunable(classifier), share), 0.0)
 
 
 def kept(spec: TrainSpec, classifier: Classifier, params_P: Tensor) -> Tensor | None:
@@ -33,17 +33,20 @@ def kept(spec: TrainSpec, classifier: Classifier, params_P: Tensor) -> Tensor | 
     return (params_P != 0) | ~prunable(classifier)
 
 
-def _as_used(classifier: Classifier, params_P: Tensor) -> Tensor:
-    """Returns the parameters with standardised weights in place of those that they are made of.
+def _scores(classifier: Classifier, params_P: Tensor) -> Tensor:
+    """Returns what tells the least of the parameters: themselves, or where weights are standardised LAMP's scores.
 
-    The length of a filter that will be standardised says nothing: magnitudes are compared as the network uses them.
+    The length of a filter that will be standardised says nothing, and that of a standardised one only how many weights
+    it has: by magnitude alone the large layers would vanish.
     """
-    used = {
-        id(layer.weight): layer.effective_weight()
-        for layer in classifier.modules()
-        if isinstance(layer, WeightStandardisedConv2d)
-    }
-    trainable: list[nn.Parameter] = [p for p in classifier.parameters() if p.requires_grad]
+    if not has_standardised(classifier):
+        return params_P
+    layers = [layer for layer in classifier.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     with torch.no_grad():
-        parts = [used.get(id(p), p).detach().reshape(-1) for p in trainable]
-    return torch.cat(parts).to(params_P)
+        scores = {id(layer.weight): layer_adaptive(_as_used(layer)) for layer in layers}
+        trainable = [p for p in classifier.parameters() if p.requires_grad]
+        return torch.cat([scores.get(id(p), p).detach().reshape(-1) for p in trainable]).to(params_P)
+
+
+def _as_used(layer: nn.Conv2d | nn.Linear) -> Tensor:
+    return layer.effective_weight() if isinstance(layer, WeightStandardisedConv2d) else layer.weight
