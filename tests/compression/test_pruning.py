@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from trilemma.compression.folding import fold_weight_standardisation
 from trilemma.compression.pruning import prune, sparsity
 from trilemma.models.classifier import Classifier
 from trilemma.models.specs import Resnet9
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
 
 
 def _weights(classifier):
@@ -69,3 +71,29 @@ def test_sparsity_is_what_was_achieved():
 def test_an_impossible_share_is_refused(fraction):
     with pytest.raises(ValueError, match="must lie in"):
         prune(Resnet9(width=4).make(1, 16, 2, 0), fraction)
+
+
+def test_of_standardised_weights_the_smallest_that_are_computed_with_go():
+    classifier = Resnet9(width=4, norm="weight").make(1, 16, 2, 0)
+    with torch.no_grad():
+        for module in classifier.modules():
+            if isinstance(module, WeightStandardisedConv2d):
+                module.weight.mul_(1 + 9 * torch.rand(len(module.weight), 1, 1, 1))  # which changes nothing
+    plain = copy.deepcopy(classifier)
+    fold_weight_standardisation(plain)
+    before, after = _weights(plain), _weights(prune(classifier, 0.4))
+    expected = before.copy()
+    expected[np.argsort(np.abs(before), kind="stable")[: round(0.4 * len(before))]] = 0
+    np.testing.assert_array_equal(after, expected)
+
+
+def test_zeros_of_standardised_weights_stay_zeros_when_folded():
+    classifier = Resnet9(width=4, norm="weight").make(1, 16, 2, 0)
+    with torch.no_grad():
+        for module in classifier.modules():
+            if isinstance(module, WeightStandardisedConv2d):
+                module.weight.masked_fill_(module.weight.abs() < module.weight.abs().median(), 0.0)
+    share = sparsity(classifier)
+    assert share > 0.4
+    fold_weight_standardisation(classifier)
+    assert sparsity(classifier) == share

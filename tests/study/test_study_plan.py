@@ -175,8 +175,8 @@ CHANGES = [
     ("partition", {"kind": "dirichlet", "num_clients": 3, "alpha": 1}),
     ("partition", {"kind": "dirichlet", "num_clients": 3, "alpha": 2}),
     *(("model", {"kind": "resnet9", "width": 4, "std": 1} | change) for change in (
-        {"width": 8}, {"norm": "batch"}, {"groups": 2}, {"activation": "mish"}, {"mean": 0}, {"std": 2},
-        {"kind": "resnet18"})),
+        {"width": 8}, {"norm": "batch"}, {"norm": "weight"}, {"groups": 2}, {"activation": "mish"}, {"mean": 0},
+        {"std": 2}, {"kind": "resnet18"})),
     *(("algorithm", algorithm) for algorithm in (
         {"kind": "fedprox"}, {"kind": "fedprox", "mu": 1}, {"kind": "centralised"}, {"kind": "local_only"},
         {"kind": "local_only", "client": 1}, {"kind": "fedavg", "weights": "records"},
