@@ -20,10 +20,15 @@ def batch_norm_net(records):
 
 
 @pytest.fixture(scope="session")
+def standardised_net(records):
+    return trained(Resnet9(width=16, norm="weight").make(1, 28, 3, 0), records)
+
+
+@pytest.fixture(scope="session")
 def residual_net(records):
     return trained(Resnet18(width=8, norm="batch").make(1, 28, 3, 0), records)
 
 
-@pytest.fixture(params=["group_norm_net", "batch_norm_net", "residual_net"])
+@pytest.fixture(params=["group_norm_net", "batch_norm_net", "standardised_net", "residual_net"])
 def net(request):
     return request.getfixturevalue(request.param)

@@ -53,14 +53,15 @@ def test_only_private_calibration_is_said_to_be_private():
     assert Int8(calibration="val").private_data == "int8 calibration reads the validation images"
 
 
+@pytest.mark.parametrize("norm", ["batch", "weight"])
 @pytest.mark.parametrize("spec", MEMBERS, ids=lambda spec: spec.kind)
-def test_every_member_keeps_its_argument_and_round_trips_through_its_skeleton(spec):
-    classifier = Resnet9(width=4, norm="batch").make(1, 16, 2, 0).eval()
+def test_every_member_keeps_its_argument_and_round_trips_through_its_skeleton(spec, norm):
+    classifier = Resnet9(width=4, norm=norm).make(1, 16, 2, 0).eval()
     before = copy.deepcopy(classifier.state_dict())
     x = torch.rand(16, 1, 16, 16)
     twin = spec.apply(classifier, x if spec.needs_calibration else None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
-    skeleton = spec.skeleton(Resnet9(width=4, norm="batch").make(1, 16, 2, 1)).eval()
+    skeleton = spec.skeleton(Resnet9(width=4, norm=norm).make(1, 16, 2, 1)).eval()
     skeleton.load_state_dict(twin.state_dict())
     with torch.no_grad():
         assert torch.equal(skeleton(x), twin(x))

@@ -16,7 +16,8 @@ from trilemma.compression.fake_quantisation import quantise
 from trilemma.compression.pruning import prune
 from trilemma.compression.session import Session
 from trilemma.models.classifier import Classifier
-from trilemma.models.specs import Monai, Resnet9
+from trilemma.models.specs import Monai, Resnet9, Resnet18
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
 from trilemma.randomness import global_seed
 
 
@@ -50,7 +51,7 @@ def test_an_int8_file_answers_like_its_twin(net, records):
     assert difference.mean() < 0.2 * (float_NK - shipped_NK).abs().mean()
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("norm", ["group", "batch", "weight"])
 @pytest.mark.parametrize("width", [16, 32])
 def test_int8_files_are_at_least_three_and_a_half_times_smaller(norm, width):
     net = Resnet9(width=width, norm=norm).make(1, 28, 3, 0).eval()
@@ -134,6 +135,22 @@ def test_pruned_zeros_stay_zero_in_the_file(group_norm_net):
     weights = [onnx.numpy_helper.to_array(t) for t in model.graph.initializer if len(t.dims) in (2, 4)]
     weights = np.concatenate([w.ravel() for w in weights if w.size > 64])
     assert 0.7 < (weights == 0).mean() < 0.8
+
+
+@pytest.mark.parametrize("activation", ["relu", "mish"])
+def test_standardised_weights_ship_as_plain_convolutions(activation, records):
+    x = records.x(slice(16))
+    plain, standardised = (
+        Resnet18(width=4, norm=norm, activation=activation).make(1, 28, 3, 0).eval() for norm in ("none", "weight")
+    )
+    files = [export_onnx(net, 1, 28) for net in (plain, standardised)]
+    graphs = [onnx.load_from_string(file).graph for file in files]
+    assert [node.op_type for node in graphs[0].node] == [node.op_type for node in graphs[1].node]
+    assert not {node.op_type for node in graphs[1].node} & {"Sqrt", "ReduceSum", "Equal", "Not"}
+    assert [list(tensor.dims) for tensor in graphs[0].initializer] == [list(t.dims) for t in graphs[1].initializer]
+    assert any(isinstance(module, WeightStandardisedConv2d) for module in standardised.modules())  # it is as it was
+    with torch.no_grad():
+        assert torch.allclose(Session(files[1]).predict(x), standardised(x), atol=1e-5)
 
 
 class _Tokens(nn.Module):

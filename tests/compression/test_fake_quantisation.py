@@ -64,7 +64,7 @@ def test_gradients_pass_straight_through_also_where_values_are_clamped():
 def test_every_weight_and_bias_lies_on_an_integer_grid_that_cannot_saturate(net, records):
     twin = quantise(net, records.x(slice(64)))
     layers = [module for module in twin.modules() if isinstance(module, (QuantConv2d, QuantLinear))]
-    assert len(layers) == sum(type(module) in (nn.Conv2d, nn.Linear) for module in net.modules())
+    assert len(layers) == sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in net.modules())
     for layer in layers:
         scale = layer.weight_scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
         levels = (layer.weight / scale).detach()

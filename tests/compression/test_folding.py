@@ -3,8 +3,9 @@ import copy
 import torch
 from torch import nn
 
-from trilemma.compression.folding import fold_batch_norms, is_identity
+from trilemma.compression.folding import fold_batch_norms, fold_weight_standardisation, is_identity
 from trilemma.models.classifier import Classifier
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
 
 
 def _uneven(network):
@@ -84,3 +85,33 @@ def test_batch_statistics_and_shared_layers_are_left_alone():
     network[5] = nn.BatchNorm2d(4, track_running_stats=False)
     classifier = Classifier(network, 4).eval()
     assert fold_batch_norms(classifier, torch.rand(2, 1, 8, 8)) == 0
+
+
+def test_standardised_weights_become_plain_ones(standardised_net, records):
+    x, folded = records.x(slice(16)), copy.deepcopy(standardised_net)
+    assert fold_weight_standardisation(folded) == 8
+    assert {type(m) for m in folded.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
+    assert not any("gain" in name for name in folded.state_dict())
+    assert not folded.training and all(not module.training for module in folded.modules())
+    with torch.no_grad():
+        assert torch.equal(folded(x), standardised_net(x))
+    assert fold_weight_standardisation(folded) == 0
+    assert sum(isinstance(m, WeightStandardisedConv2d) for m in standardised_net.modules()) == 8
+
+
+def test_a_standardised_layer_in_two_places_stays_one_layer():
+    shared = WeightStandardisedConv2d(1, 1, 3, padding=1)
+    block = nn.Sequential(shared, nn.ReLU())
+    classifier = Classifier(nn.Sequential(block, shared, block, nn.Flatten()), 64)
+    x = torch.rand(2, 1, 8, 8)
+    expected = classifier(x)
+    assert fold_weight_standardisation(classifier) == 1
+    assert classifier.module[0][0] is classifier.module[1] is classifier.module[2][0]
+    assert type(classifier.module[1]) is nn.Conv2d
+    assert torch.equal(classifier(x), expected)
+
+
+def test_a_network_that_is_one_standardised_layer_folds():
+    classifier = Classifier(WeightStandardisedConv2d(1, 2, 3), 2)
+    assert fold_weight_standardisation(classifier) == 1
+    assert type(classifier.module) is nn.Conv2d

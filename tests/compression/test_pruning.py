@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from trilemma.compression.folding import fold_weight_standardisation
 from trilemma.compression.pruning import prunable, prune, prune_n_of_m, smallest_P, sparsity
 from trilemma.models.classifier import Classifier
 from trilemma.models.specs import Resnet9
 from trilemma.models.vector import get_params
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
 
 
 def _weights(classifier):
@@ -164,3 +166,29 @@ def test_not_a_number_leaves_last():
 def test_a_vector_is_pruned_by_a_possible_share_only():
     with pytest.raises(ValueError, match="must lie in"):
         smallest_P(torch.ones(3), torch.ones(3, dtype=torch.bool), 1.5)
+
+
+def test_of_standardised_weights_the_smallest_that_are_computed_with_go():
+    classifier = Resnet9(width=4, norm="weight").make(1, 16, 2, 0)
+    with torch.no_grad():
+        for module in classifier.modules():
+            if isinstance(module, WeightStandardisedConv2d):
+                module.weight.mul_(1 + 9 * torch.rand(len(module.weight), 1, 1, 1))  # which changes nothing
+    plain = copy.deepcopy(classifier)
+    fold_weight_standardisation(plain)
+    before, after = _weights(plain), _weights(prune(classifier, 0.4))
+    expected = before.copy()
+    expected[np.argsort(np.abs(before), kind="stable")[: round(0.4 * len(before))]] = 0
+    np.testing.assert_array_equal(after, expected)
+
+
+def test_zeros_of_standardised_weights_stay_zeros_when_folded():
+    classifier = Resnet9(width=4, norm="weight").make(1, 16, 2, 0)
+    with torch.no_grad():
+        for module in classifier.modules():
+            if isinstance(module, WeightStandardisedConv2d):
+                module.weight.masked_fill_(module.weight.abs() < module.weight.abs().median(), 0.0)
+    share = sparsity(classifier)
+    assert share > 0.4
+    fold_weight_standardisation(classifier)
+    assert sparsity(classifier) == share

@@ -59,7 +59,7 @@ def test_it_makes_better_initial_weights():
     assert run_round(federation, state).seconds > state.seconds
 
 
-@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("norm", ["group", "weight", "batch"])
 def test_it_depends_on_the_seed_the_images_and_nothing_else(norm):
     model = {"kind": "resnet9", "width": 4, "norm": norm}
     how = {"augmentation": {"shift": 1, "flip": True, "multiplicity": 2}, "epochs": 1}

@@ -17,9 +17,11 @@ WITHOUT_BATCH_NORM = [
     Resnet9(width=4),
     Resnet9(width=4, activation="mish", groups=2),
     Resnet9(width=4, norm="none"),
+    Resnet9(width=4, norm="weight"),
     Resnet18(width=4),
     Resnet18(width=4, stem="large", activation="mish"),
     Resnet18(width=4, norm="none"),
+    Resnet18(width=4, norm="weight", activation="mish"),
     Monai(network="DenseNet", arguments=TINY_DENSENET),
 ]
 
@@ -76,9 +78,11 @@ def test_the_seed_alone_decides_the_weights(spec):
 
 def test_parameter_counts_by_hand():
     # ResNet-9 width 32, grey, 2 classes: convolutions 9 * 67616, group norms 2 * 736, linear 128 * 2 + 2.
+    # Gain and bias of standardised weights are as many as those of a normalisation of activations.
     convolutions = 9 * (32 + 32 * 64 + 2 * 64**2 + 64 * 128 + 3 * 128**2)
     norms = 2 * (32 + 3 * 64 + 4 * 128)
-    assert num_params(Resnet9(width=32).make(1, 28, 2, seed=0)) == convolutions + norms + 128 * 2 + 2
+    for norm in ("group", "weight"):
+        assert num_params(Resnet9(width=32, norm=norm).make(1, 28, 2, seed=0)) == convolutions + norms + 128 * 2 + 2
     # ResNet-18 as published: 11,689,512 parameters with 1000 classes, colour, batch norm (torchvision's table).
     assert num_params(Resnet18(norm="batch", stem="large").make(3, 224, 1000, seed=0)) == 11_689_512
 
@@ -124,6 +128,7 @@ def test_a_tiny_image_is_the_users_mistake():
     [
         ({"kind": "resnet9", "width": 10, "groups": 4}, "does not divide width = 10"),
         ({"kind": "resnet18", "norm": "batch", "groups": 4}, "belongs to norm = 'group'"),
+        ({"kind": "resnet9", "norm": "weight", "groups": 4}, "belongs to norm = 'group', but norm is 'weight'"),
         ({"kind": "resnet9", "widht": 8}, "Extra inputs"),
         ({"kind": "resnet9", "std": 0}, "greater than or equal to 0.01"),
         ({"kind": "resnet7"}, "'resnet9', 'resnet18', 'monai'"),
@@ -138,6 +143,7 @@ def test_impossible_values_are_refused(fields, message):
 def test_labels():
     assert Resnet9().label == "ResNet-9 w64 GN"
     assert Resnet18(width=16, norm="batch", activation="mish").label == "ResNet-18 w16 BN Mish"
+    assert Resnet9(norm="weight").label == "ResNet-9 w64 WS"
     assert Monai(network="resnet10").label == "resnet10"
     assert Monai(network="resnet10", arguments={"widen_factor": 0.5}).label == "resnet10 (widen_factor=0.5)"
 

@@ -15,6 +15,7 @@ from trilemma.robustness.objectives import mean_cross_entropy
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing", "ignore:.*non-full backward hook")
 
 MODELS = [Resnet9(width=8), Resnet9(width=8, norm="none"), Resnet9(width=8, activation="mish"), Resnet18(width=8)]
+MODELS += [Resnet9(width=8, norm="weight"), Resnet18(width=4, norm="weight", activation="mish")]
 
 
 def opacus(classifier, x_BCHW, y_B, clip):

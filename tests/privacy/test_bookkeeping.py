@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from trilemma.models.classifier import Classifier
 from trilemma.models.specs import Monai, Resnet9, Resnet18
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
 from trilemma.privacy import bookkeeping, clipping
 from trilemma.privacy.bookkeeping import clipped_gradient_sum, why_slow
 from trilemma.privacy.clipping_rules import Automatic, Flat, PerLayer
@@ -57,12 +58,28 @@ class Twice(nn.Module):
         return self.end(torch.tanh(self.again(torch.tanh(self.again(h)))))
 
 
+def half_pruned() -> Classifier:
+    """Half of each filter's weights are 0, one filter is empty, and what is computed with is rounded."""
+    classifier = Resnet9(width=4, norm="weight").make(1, 16, CLASSES, seed=1)
+    for module in classifier.modules():
+        if isinstance(module, WeightStandardisedConv2d):
+            with torch.no_grad():
+                module.weight.masked_fill_(module.weight.abs() < module.weight.abs().median(), 0.0)
+                module.weight[1] = 0
+                module.gain[2] = -0.5
+            module.weight_rounding = lambda weight: (weight * 32).round() / 32
+    return classifier
+
+
 NETS = {
     "resnet9": lambda: Resnet9(width=4).make(1, 16, CLASSES, seed=1),
     "resnet9 wide": lambda: Resnet9(width=32).make(1, 16, CLASSES, seed=1),
     "resnet9 mish": lambda: Resnet9(width=4, activation="mish").make(1, 16, CLASSES, seed=1),
     "resnet9 no norm": lambda: Resnet9(width=4, norm="none").make(1, 16, CLASSES, seed=1),
+    "resnet9 weight": lambda: Resnet9(width=4, norm="weight").make(1, 16, CLASSES, seed=1),
+    "resnet9 weight, half pruned": half_pruned,
     "resnet18": lambda: Resnet18(width=8).make(1, 16, CLASSES, seed=1),
+    "resnet18 weight": lambda: Resnet18(width=4, norm="weight", activation="mish").make(1, 16, CLASSES, seed=1),
     "resnet18 large stem": lambda: Resnet18(width=8, stem="large").make(1, 16, CLASSES, seed=1),
     "residual in place": lambda: seeded(lambda: Classifier(Residual(), CLASSES)),
     "called twice": lambda: seeded(lambda: Classifier(Twice(), CLASSES)),

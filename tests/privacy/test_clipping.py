@@ -35,6 +35,7 @@ NETS = {
     "resnet9": lambda: Resnet9(width=4).make(1, 16, CLASSES, seed=1),
     "resnet9 mish": lambda: Resnet9(width=4, activation="mish").make(1, 16, CLASSES, seed=1),
     "resnet9 no norm": lambda: Resnet9(width=4, norm="none").make(1, 16, CLASSES, seed=1),
+    "resnet9 weight": lambda: Resnet9(width=4, norm="weight").make(1, 16, CLASSES, seed=1),
     "resnet18": lambda: Resnet18(width=4).make(1, 16, CLASSES, seed=1),
     "conv and linear": small_net,
     "frozen first layer": frozen_start,

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trilemma.privacy import layers
+from trilemma.models.weight_standardisation import WeightStandardisedConv2d
+from trilemma.privacy import layers, standardised
 
 
 def naive(module, x, g):
@@ -32,7 +33,10 @@ def check(module, x):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
         if isinstance(module, (nn.Linear, nn.Embedding, *layers.CONVOLUTIONS)):
             norms = layers.ghost_squared_norm(module, x, g)
-            torch.testing.assert_close(norms, expected["weight"].square().sum(1), rtol=1e-9, atol=1e-9)
+            floor = 1e-9
+            if isinstance(module, WeightStandardisedConv2d):  # a filter of one weight has a steep slope and no gradient
+                floor += 1e-13 * float(x.square().sum() * standardised.ahead(module, g).square().sum())
+            torch.testing.assert_close(norms, expected["weight"].square().sum(1), rtol=1e-9, atol=floor)
             weight_B = torch.rand(len(x), generator=draws, dtype=torch.float64)
             total = layers.weighted_weight_gradient(module, x, g, weight_B)
             torch.testing.assert_close(total, weight_B @ expected["weight"], rtol=1e-9, atol=1e-9)
@@ -62,6 +66,48 @@ def test_a_convolution_in_the_plane(
     into, out = (groups * number for number in channels)
     module = nn.Conv2d(into, out, kernel, stride, padding, dilation, groups=groups, bias=bias, padding_mode=mode)
     check(module, images(units, views, into, *size))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    units=st.integers(1, 3),
+    views=st.integers(1, 3),
+    groups=st.sampled_from([1, 2]),
+    channels=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.integers(1, 2),
+    dilation=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    mode=st.sampled_from(["zeros", "circular"]),
+    zeros=st.sampled_from([0.0, 0.5, 1.0]),
+    bias=st.booleans(),
+    rounded=st.booleans(),
+)
+def test_standardised_weights(
+    units, views, groups, channels, kernel, stride, dilation, padding, mode, zeros, bias, rounded
+):
+    into, out = (groups * number for number in channels)
+    draws = torch.Generator().manual_seed(2)
+    how = {"groups": groups, "bias": bias, "padding_mode": mode}
+    module = WeightStandardisedConv2d(into, out, kernel, stride, padding, dilation, **how, scale=1.3)
+    with torch.no_grad():
+        module.gain.copy_(torch.randn(out, generator=draws))
+        module.weight.masked_fill_(torch.rand(module.weight.shape, generator=draws) < zeros, 0.0)
+    if rounded:
+        module.weight_rounding = lambda weight: (weight * 4).round() / 4
+    check(module, images(units, views, into, 6, 5))
+
+
+@pytest.mark.parametrize("names", [["weight"], ["gain"], ["bias"], ["gain", "weight"], []], ids=str)
+def test_standardised_weights_of_which_some_parameters_are_frozen(names):
+    module, x = WeightStandardisedConv2d(2, 3, 3).double(), images(2, 1, 2, 5, 5)
+    g = images(2, 1, 3, 3, 3, seed=1)
+    expected = naive(module, x, g)
+    with torch.no_grad():
+        found = layers.per_unit_gradients(module, x, g, names)
+    assert sorted(found) == sorted(names)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
 
 
 @settings(deadline=None, max_examples=15)
@@ -115,6 +161,7 @@ def test_an_embedding(padding_idx):
 
 def test_what_has_no_rule_says_why():
     assert layers.why_unsupported(nn.Conv2d(1, 1, 1)) is None
+    assert layers.why_unsupported(WeightStandardisedConv2d(1, 1, 1)) is None
     assert "ConvTranspose2d has no rule" in layers.why_unsupported(nn.ConvTranspose2d(1, 1, 1))
     assert "running statistics" in layers.why_unsupported(nn.InstanceNorm2d(1, affine=True, track_running_stats=True))
     assert "max_norm" in layers.why_unsupported(nn.Embedding(3, 2, max_norm=1.0))
@@ -130,6 +177,26 @@ def test_small_maps_go_by_their_grams_and_large_ones_do_not():
     deep, wide = nn.Conv2d(256, 256, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
     small, large = torch.empty(1, 1, 256, 7, 7), torch.empty(1, 1, 16, 28, 28)
     assert layers.ghost_pays(deep, small, small)
+    own = WeightStandardisedConv2d(256, 256, 3, padding=1)
+    with torch.no_grad():
+        own.weight[:2, :4, 1, 0] = 0
+    assert layers.ghost_pays(own, small, small)  # a few zeros come about by chance
+    with torch.no_grad():
+        own.weight[3, :9] = 0
+    assert not layers.ghost_pays(own, small, small)
     assert not layers.ghost_pays(wide, large, torch.empty(1, 1, 32, 28, 28))
     assert layers.ghost_pays(nn.Linear(500, 500), torch.empty(1, 1, 500), torch.empty(1, 1, 500))
     assert not layers.ghost_pays(nn.Linear(4, 4), torch.empty(1, 1, 9, 4), torch.empty(1, 1, 9, 4))
+
+
+def test_a_standardised_ghost_norm_that_cancels_is_noticed():
+    """Inputs that are all alike give a filter a gradient that is its own mean, of which nothing is left."""
+    module = WeightStandardisedConv2d(4, 6, 3)
+    x, g = torch.full((2, 1, 4, 6, 6), 3.0), torch.randn(2, 1, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[1] += torch.randn(x[1].shape, generator=torch.Generator().manual_seed(1)) * 3
+    with torch.no_grad():
+        squared_B = layers.ghost_squared_norm(module, x, g)
+        lost_B = layers.ghost_lost_digits(module, x, g, squared_B)
+        held_B = layers.per_unit_gradients(module, x, g, ["weight"])["weight"].square().sum(1)
+    assert lost_B.tolist() == [True, False]
+    torch.testing.assert_close(squared_B[~lost_B], held_B[~lost_B], rtol=1e-4, atol=0)

@@ -5,9 +5,11 @@ import os
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from helpers.pictures import write_images
 from helpers.tiny_study import PRIVATE, SMALLEST, plan_of, run_plan, write_study
+from trilemma.compression.session import Session
 from trilemma.compression.specs import Int8
 from trilemma.data.specs import Phantom
 from trilemma.privacy.guarantee import Guarantee
@@ -77,3 +79,37 @@ def test_the_guarantee_of_what_ships_stands_in_its_file(roots, tmp_path):
     kept, public, void = said
     assert kept == public and kept.epsilon is not None and not kept.void
     assert void.epsilon is None and len(void.void) == 1 and void.epsilon_by_client == kept.epsilon_by_client
+
+
+STANDARDISED = (
+    PRIVATE.replace("rounds = 3", "rounds = 1").replace("width = 4", 'width = 4, norm = "weight"')
+    + """
+[[compressions]]
+kind = "none"
+[[compressions]]
+kind = "prune"
+sparsity = 0.75
+[[compressions]]
+kind = "int8"
+num_calibration = 16
+"""
+)
+
+
+def test_standardised_weights_carry_a_guarantee_and_their_twins_are_their_files(roots, tmp_path):
+    plan = plan_of(write_study(tmp_path, STANDARDISED))
+    run_plan(plan, tmp_path / "store", roots)
+    place = Workplace(tmp_path / "store", roots, "cpu", 1, os.getpid())
+    x_BCHW = place.dataset(plan.trainings[0].spec.data).test.x()
+    with Store(tmp_path / "store") as store:
+        rows = [store.artefact(cell.key) for cell in plan.cells]
+    assert [row.guarantee.epsilon is not None and not row.guarantee.void for row in rows] == [True] * 3
+    assert rows[0].sparsity == 0 and rows[1].sparsity == pytest.approx(0.75, abs=1e-3)
+    for cell in plan.cells:
+        file = store.files.model(cell.key)
+        with torch.no_grad():
+            twin_BK = place.twin(cell)(x_BCHW)
+        tolerance = 0.05 if cell.compression.kind == "int8" else 1e-5
+        assert (Session(file.read_bytes()).predict(x_BCHW) - twin_BK).abs().max() < tolerance
+        kinds = {node.op_type for node in onnx.load(file).graph.node}
+        assert "Conv" in kinds and not kinds & {"InstanceNormalization", "ReduceSum", "Sqrt", "Not"}

@@ -175,8 +175,8 @@ CHANGES = [
     ("partition", {"kind": "dirichlet", "num_clients": 3, "alpha": 1}),
     ("partition", {"kind": "dirichlet", "num_clients": 3, "alpha": 2}),
     *(("model", {"kind": "resnet9", "width": 4, "std": 1} | change) for change in (
-        {"width": 8}, {"norm": "batch"}, {"groups": 2}, {"activation": "mish"}, {"mean": 0}, {"std": 2},
-        {"kind": "resnet18"})),
+        {"width": 8}, {"norm": "batch"}, {"norm": "weight"}, {"groups": 2}, {"activation": "mish"}, {"mean": 0},
+        {"std": 2}, {"kind": "resnet18"})),
     *(("algorithm", algorithm) for algorithm in (
         {"kind": "fedprox"}, {"kind": "fedprox", "mu": 1}, {"kind": "centralised"}, {"kind": "local_only"},
         {"kind": "local_only", "client": 1}, {"kind": "fedavg", "weights": "records"},
@@ -227,6 +227,8 @@ CHANGES = [
         {"kind": "dense"}, {"kind": "dense", "numbers": "int4"}, {"kind": "dense", "error_feedback": True},
         {"kind": "top_k"}, {"kind": "top_k", "share": 0.5}, {"kind": "random_k"}, {"kind": "random_projection"},
         {"kind": "power_sgd"}, {"kind": "power_sgd", "rank": 3})),
+    *(("pruning", {"kind": "gradual", "sparsity": sparsity}) for sparsity in (0.5, 0.9)),
+    *(("quantisation", {"kind": "int8", "first": first}) for first in (0.5, 0.25)),
     *(("downlink", codec) for codec in ({"kind": "dense"}, {"kind": "dense", "numbers": "int4"}, {"kind": "top_k"})),
     ("rounds", 4),
     ("seed", 1),

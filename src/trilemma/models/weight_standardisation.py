@@ -8,7 +8,7 @@ like any others, so that what ships is a plain convolution.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class WeightStandardisedConv2d(nn.Conv2d):
     def folded(self) -> nn.Conv2d:
         """Returns a plain convolution with the same outputs, rounding of the weights included."""
         shape = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        size: Any = (self.in_channels, self.out_channels, self.kernel_size)
+        size = (self.in_channels, self.out_channels, (self.kernel_size[0], self.kernel_size[1]))
         # Made without storage, as the usual initialisation would draw from the global random generator.
         plain = nn.Conv2d(*size, **shape, bias=self.bias is not None, device="meta")
         plain.weight = nn.Parameter(self._weight_in_use().detach(), self.weight.requires_grad)

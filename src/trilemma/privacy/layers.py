@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trilemma.models.weight_standardisation import WeightStandardisedConv2d
-from trilemma.privacy.standardised import through_standardisation
+from trilemma.privacy import standardised
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Normalisation = nn.GroupNorm | nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
@@ -38,6 +38,9 @@ GRAM_NUMBERS = 1 << 17
 #: A ghost norm this much smaller (squared) than what may have been added up and cancelled may have lost its digits. Of
 #: float32's 1e-2 leaves a relative error of the norm below 1e-5 (measured: 7e-6; 1e-4 left 5e-4).
 CANCELLATION = 1e-2
+
+#: Standardised weights of a layer that may be 0 by chance, as of millions a few are; each is looked at on its own.
+FEW_ZEROS = 16
 
 # Nanoseconds on one AVX-512 core, measured; only their proportions matter, and only for speed.
 _GRAM_PRODUCT, _GRAM_NUMBER = 0.014, 1.6  # a multiply-add of a Gram matrix; shifting and multiplying one of its numbers
@@ -73,10 +76,13 @@ def per_unit_gradients(module: nn.Module, x: Tensor, g: Tensor, names: Sequence[
         channel = 2 if isinstance(module, CONVOLUTIONS) else g.ndim - 1
         gradients["bias"] = full(g).sum([dim for dim in range(1, g.ndim) if dim != channel])
     if isinstance(module, WeightStandardisedConv2d):
-        if "weight" in names or "gain" in names:
-            effective = through_standardisation(module, full(_convolution_by_kernel(module, x.to(g.dtype), g)))
-            gradients |= _pick(effective, [name for name in names if name in effective])
-    elif "weight" in names:
+        if "weight" in names:
+            effective_BP = full(_convolution_by_kernel(module, x.to(g.dtype), g))
+            gradients |= standardised.through_standardisation(module, effective_BP)
+        elif "gain" in names:
+            gradients["gain"] = standardised.gain_gradients(module, full(x), full(g))
+        return _pick(gradients, names)
+    if "weight" in names:
         if isinstance(module, CONVOLUTIONS):
             gradients["weight"] = full(_convolution_by_kernel(module, x.to(g.dtype), g))
         elif isinstance(module, nn.Embedding):
@@ -96,7 +102,7 @@ def full(x: Tensor) -> Tensor:
 def ghost_pays(module: nn.Module, x: Tensor, g: Tensor) -> bool:
     """Returns whether norm and weighted sum apart cost less than holding every unit's weight gradient.
 
-    Decided by shapes alone, so that equal runs give equal numbers.
+    Decided by shapes alone, so that equal runs give equal numbers, and by how many standardised weights are 0.
     """
     if isinstance(module, nn.Embedding):
         return True
@@ -104,7 +110,9 @@ def ghost_pays(module: nn.Module, x: Tensor, g: Tensor) -> bool:
     if isinstance(module, nn.Linear):
         positions = math.prod(x.shape[1:-1])
         return positions * (module.in_features + module.out_features) < module.in_features * module.out_features
-    if not isinstance(module, CONVOLUTIONS) or isinstance(module, WeightStandardisedConv2d):
+    if not isinstance(module, CONVOLUTIONS):
+        return False
+    if isinstance(module, WeightStandardisedConv2d) and standardised.has_zeros(module, more_than=FEW_ZEROS):
         return False
     outputs = math.prod(g.shape[3:])
     per_group_in, per_group_out = x.shape[2] // module.groups, g.shape[2] // module.groups
@@ -118,6 +126,9 @@ def ghost_pays(module: nn.Module, x: Tensor, g: Tensor) -> bool:
 
 def ghost_squared_norm(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """Returns the squared norm (B,) of every unit's weight gradient, without forming it."""
+    if isinstance(module, WeightStandardisedConv2d):
+        longer_B = _convolution_ghost(module, x, standardised.ahead(module, g))
+        return longer_B - standardised.taken_out(module, x, g)
     if isinstance(module, CONVOLUTIONS):
         return _convolution_ghost(module, x, g)
     if isinstance(module, nn.Embedding):
@@ -141,6 +152,7 @@ def ghost_lost_digits(module: nn.Module, x: Tensor, g: Tensor, squared_B: Tensor
     if isinstance(module, nn.Embedding):  # as if all gradients of one row pointed the same way
         largest_B = ghost_squared_norm(module, x, torch.linalg.vector_norm(g, dim=-1, keepdim=True))
     else:
+        g = standardised.ahead(module, g) if isinstance(module, WeightStandardisedConv2d) else g
         largest_B = x.flatten(1).square().sum(1) * g.flatten(1).square().sum(1)
     lost_B = squared_B < CANCELLATION * largest_B
     if isinstance(module, nn.Linear) and lost_B.any():
@@ -165,7 +177,10 @@ def weighted_weight_gradient(module: nn.Module, x: Tensor, g: Tensor, weight_B: 
     else:
         g = g * _spread(weight_B, g)
     if isinstance(module, CONVOLUTIONS):
-        return _kernel(module, *_padded(module, x.flatten(0, 1)), g.flatten(0, 1)).flatten()
+        total_P = _kernel(module, *_padded(module, x.flatten(0, 1)), g.flatten(0, 1)).flatten()
+        if isinstance(module, WeightStandardisedConv2d):
+            return standardised.through_standardisation(module, total_P[None])["weight"][0]
+        return total_P
     return (g.flatten(0, -2).T @ x.flatten(0, -2)).flatten()
 
 
