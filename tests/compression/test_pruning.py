@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trilemma.compression.folding import fold_weight_standardisation
-from trilemma.compression.pruning import prunable, prune, prune_n_of_m, smallest_P, sparsity
+from trilemma.compression.pruning import layer_adaptive, prunable, prune, prune_n_of_m, smallest_P, sparsity
 from trilemma.models.classifier import Classifier
 from trilemma.models.specs import Resnet9
 from trilemma.models.vector import get_params
@@ -168,7 +168,27 @@ def test_a_vector_is_pruned_by_a_possible_share_only():
         smallest_P(torch.ones(3), torch.ones(3, dtype=torch.bool), 1.5)
 
 
-def test_of_standardised_weights_the_smallest_that_are_computed_with_go():
+def naive_layer_adaptive(weights):
+    """Equation 5 of the paper, weight by weight."""
+    squares = np.asarray(weights, dtype=np.float64).flatten() ** 2
+    order = np.argsort(squares, kind="stable")
+    found = np.empty(len(squares))
+    for position, place in enumerate(order):
+        rest = squares[order[position:]].sum()
+        found[place] = squares[place] / rest if rest else 0
+    return found
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.floats(1e-3, 1e3))
+def test_layer_adaptive_scores_are_those_of_a_naive_twin_whatever_the_scale(weights, scale):
+    weight = torch.tensor(weights, dtype=torch.float64)[:, None]
+    found = layer_adaptive(weight * scale)
+    np.testing.assert_allclose(found.flatten().numpy(), naive_layer_adaptive(weights), rtol=1e-9)
+    assert float(found.max()) == (1.0 if any(weights) else 0.0)
+
+
+def test_of_standardised_weights_those_go_that_say_least_in_their_layer():
     classifier = Resnet9(width=4, norm="weight").make(1, 16, 2, 0)
     with torch.no_grad():
         for module in classifier.modules():
@@ -177,8 +197,10 @@ def test_of_standardised_weights_the_smallest_that_are_computed_with_go():
     plain = copy.deepcopy(classifier)
     fold_weight_standardisation(plain)
     before, after = _weights(plain), _weights(prune(classifier, 0.4))
+    layers = [module for module in plain.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    scores = np.concatenate([naive_layer_adaptive(layer.weight.detach()) for layer in layers])
     expected = before.copy()
-    expected[np.argsort(np.abs(before), kind="stable")[: round(0.4 * len(before))]] = 0
+    expected[np.argsort(scores.astype(np.float32), kind="stable")[: round(0.4 * len(before))]] = 0
     np.testing.assert_array_equal(after, expected)
 
 
