@@ -4,7 +4,7 @@ The extremes lose nothing and waste levels on what hardly occurs; a percentile c
 weighs both (Krishnamoorthi 2018, section 2; Nagel et al. 2021, section 2.3.1).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ def observe(
     x_NCHW: Tensor,
     rule: RangeRule = "min_max",
     percentile: float = 99.99,
+    rectified: Collection[nn.Module] = (),
 ) -> dict[int, Watched]:
     """Returns the range of every layer's input and output, by the layer's identity; none of layers never reached.
 
@@ -58,11 +59,13 @@ def observe(
         x_NCHW: Images in [0, 1].
         rule: "min_max", "percentile" or "mse".
         percentile: For "percentile": at most 100 - percentile per cent of the values lie beyond either end.
+        rectified: Layers of whose output only what a ReLU lets through counts.
     """
     layers = list(layers)
     extremes: dict[int, Watched] = {}
 
     def widen(layer: nn.Module, inside: Tensor, outside: Tensor) -> None:
+        outside = outside.clamp_min(0) if layer in rectified else outside
         found = Watched(_finite_range(inside), _finite_range(outside))
         before = extremes.get(id(layer), found)
         extremes[id(layer)] = Watched(*(_union(a, b) for a, b in zip(before, found, strict=True)))
@@ -73,6 +76,7 @@ def observe(
     counts: dict[int, tuple[Tensor, Tensor]] = {key: (torch.zeros(BINS), torch.zeros(BINS)) for key in extremes}
 
     def count(layer: nn.Module, inside: Tensor, outside: Tensor) -> None:
+        outside = outside.clamp_min(0) if layer in rectified else outside
         for counted, values, within in zip(counts[id(layer)], (inside, outside), extremes[id(layer)], strict=True):
             if within.high > within.low:
                 finite = values[values.isfinite()].float()
