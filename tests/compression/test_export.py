@@ -8,10 +8,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from helpers.small_problem import stripes, trained
-from trilemma.compression.export import export_onnx
+from trilemma.compression.export import _round_once, export_onnx
 from trilemma.compression.fake_quantisation import quantise
 from trilemma.compression.pruning import prune
 from trilemma.compression.session import Session
@@ -68,6 +70,66 @@ def test_convolutions_run_on_integers(net, records, tmp_path):
     assert not {"Conv", "FusedConv", "Gemm", "MatMul", "BatchNormalization"} & set(operations)
 
 
+@pytest.mark.parametrize("norm", ["weight", "batch", "none"])
+@pytest.mark.parametrize("make", [Resnet9, Resnet18])
+def test_a_network_without_norms_of_activations_stays_in_integers(make, norm, tmp_path):
+    net = make(width=4, norm=norm).make(1, 16, 2, 0).eval()
+    operations = _operations(export_onnx(quantise(net, stripes(16, size=16).x()), 1, 16), tmp_path)
+    last = {"Add": 1, "Relu": 1 if make is Resnet18 else 0}  # before the global pooling, where numbers are few
+    assert {name: operations.count(name) for name in last} == last
+    assert operations.count("QuantizeLinear") == 2  # the image, and what was pooled
+    assert operations.count("DequantizeLinear") == 3  # both sides of the last sum, and the logits
+    assert "MaxPool" not in operations
+    assert operations.count("NhwcMaxPool") == (3 if make is Resnet9 else 0)
+    assert operations.count("QLinearAdd") == (1 if make is Resnet9 else 7)
+
+
+def _chain(scale, zero_point, next_scale, pooled):
+    """A graph that rounds, rectifies, perhaps pools and rounds again; a sum reads what lies before."""
+    pool = helper.make_node("MaxPool", ["r"], ["p"], kernel_shape=[2, 2], strides=[2, 2])
+    before = "p" if pooled else "r"
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Relu", ["d"], ["r"]),
+        *([pool] if pooled else []),
+        helper.make_node("Neg", [before], ["n"]),  # reads before the rounding does
+        helper.make_node("QuantizeLinear", [before, "s2", "z"], ["q2"]),
+        helper.make_node("DequantizeLinear", ["q2", "s2", "z"], ["d2"]),
+        helper.make_node("Mul", ["d2", "d2"], ["m"]),
+        helper.make_node("Add", ["m", "n"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, None, None]) for name in "xy"]
+    numbers = {"s": np.float32(scale), "s2": np.float32(next_scale), "z": np.uint8(zero_point)}
+    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in numbers.items()]
+    graph = helper.make_graph(nodes, "chain", values[:1], values[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(
+    ("scale", "zero_point", "next_scale", "relus", "rounded"),
+    [(0.037, 0, 0.037, 0, 1), (0.037, 9, 0.037, 1, 2), (0.037, 0, 0.036, 0, 2)],
+)
+def test_only_idle_operations_are_taken_out(scale, zero_point, next_scale, relus, rounded, pooled):
+    before, after = (_chain(scale, zero_point, next_scale, pooled) for _ in range(2))
+    _round_once(after)
+    onnx.checker.check_model(after, full_check=True)
+    operations = [node.op_type for node in after.graph.node]
+    assert operations.count("Relu") == relus
+    assert (
+        operations.count("QuantizeLinear")
+        == operations.count("DequantizeLinear")
+        == rounded + (pooled and rounded == 1)
+    )
+    x = np.random.default_rng(0).uniform(-12, 12, (1, 1, 40, 40)).astype(np.float32)
+    expected, got = (ReferenceEvaluator(model).run(None, {"x": x})[0] for model in (before, after))
+    np.testing.assert_array_equal(got, expected)
+    if pooled and rounded == 1:
+        (minus,) = [node for node in after.graph.node if node.op_type == "Neg"]
+        assert minus.input[0] == "d2"  # nobody reads the pooling as a float
+
+
 def test_weights_are_stored_as_int8_only(group_norm_net, records):
     model = onnx.load_from_string(export_onnx(quantise(group_norm_net, records.x(slice(32))), 1, 28))
     kinds = {}
@@ -83,7 +145,7 @@ def test_equal_networks_give_equal_bytes_in_any_process(group_norm_net, records)
     assert export_onnx(twin, 1, 28) == export_onnx(twin, 1, 28)
     program = (
         "import hashlib, torch; torch.set_num_threads(1)\n"
-        "from trilemma.compression.export import export_onnx\n"
+        "from trilemma.compression.export import _round_once, export_onnx\n"
         "from trilemma.compression.fake_quantisation import quantise\n"
         "from trilemma.models.specs import Resnet9\n"
         "net = Resnet9(width=4, norm='batch').make(1, 16, 2, 0).eval()\n"

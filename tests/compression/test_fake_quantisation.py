@@ -116,7 +116,7 @@ def test_quantising_changes_neither_its_argument_nor_the_global_generator(batch_
 
 def test_a_stored_state_fits_a_skeleton(net, records):
     twin = quantise(net, records.x(slice(64)))
-    restored = quantised_skeleton(copy.deepcopy(net))
+    restored = quantised_skeleton(copy.deepcopy(net), twin.state_dict())
     stored = save({name: tensor.contiguous() for name, tensor in twin.state_dict().items()})
     restored.load_state_dict(load(stored), strict=True)
     x = records.x(slice(300, 364))

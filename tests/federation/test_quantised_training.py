@@ -41,7 +41,7 @@ def test_the_network_that_is_trained_is_the_one_that_ships(norm):
     classifier, x = federation.classifier.eval(), tiny_dataset().test.x()
     twin = quantise(classifier, federation.phantoms_NCHW)
     exact, params_P = classifier(x).detach(), get_params(classifier)
-    with rounded(federation).activations(classifier):
+    with rounded(federation).activations():
         set_rounded(classifier, params_P)
         found = classifier(x).detach()
     # The twin rounds biases too, to a hundred-millionth; a value on the border of two levels may fall to either side.
@@ -80,7 +80,7 @@ def test_gradients_pass_straight_through(norm):
     x, y = tiny_dataset().train.x(slice(0, 6)), tiny_dataset().train.y(slice(0, 6))
     objective, draws = NoDefence().make(0.0), torch.Generator()
     rounding = rounded(federation)
-    with rounding.activations(classifier):
+    with rounding.activations():
         set_rounded(classifier, params_P)
         gradient_P, _ = mean_gradient(classifier, objective, x, y, draws)
         shifts = constants_of(classifier, x, rounding.ranges)
@@ -102,7 +102,7 @@ def constants_of(classifier, x, ranges):
     def after(layer, inputs, output):
         seen[layer, "out"] = output.detach()
 
-    layers = [layer for layer in classifier.modules() if id(layer) in ranges]
+    layers = list(ranges)
     # Hooks that stand before and after the rounding ones: what they see differs by what is added.
     handles = [layer.register_forward_pre_hook(before, prepend=True) for layer in layers]
     handles += [layer.register_forward_hook(after, prepend=True) for layer in layers]
@@ -110,7 +110,7 @@ def constants_of(classifier, x, ranges):
     for handle in handles:
         handle.remove()
     for layer in layers:
-        for key, observed in ((layer, ranges[id(layer)].inside), ((layer, "out"), ranges[id(layer)].outside)):
+        for key, observed in ((layer, ranges[layer].inside), ((layer, "out"), ranges[layer].outside)):
             scale, zero = grid_of(observed)
             shifts[key] = (seen[key] / scale).round().clamp(-zero, 255 - zero) * scale - seen[key]
     return shifts
@@ -125,7 +125,8 @@ class added:  # noqa: N801 - read as a verb
     def __enter__(self):
         for layer in [key for key in self.shifts if not isinstance(key, tuple)]:
             inside, outside = self.shifts[layer], self.shifts[layer, "out"]
-            self.handles.append(layer.register_forward_pre_hook(lambda _, inputs, c=inside: (inputs[0] + c,)))
+            if not isinstance(layer, nn.ReLU):
+                self.handles.append(layer.register_forward_pre_hook(lambda _, inputs, c=inside: (inputs[0] + c,)))
             self.handles.append(layer.register_forward_hook(lambda _, __, output, c=outside: output + c))
             if isinstance(layer, WeightStandardisedConv2d):
                 layer.weight_rounding = rounded_weight
@@ -144,7 +145,7 @@ def test_both_engines_of_privacy_agree_on_it(norm):
     classifier, params_P = federation.classifier.train(), get_params(federation.classifier)
     x, y = tiny_dataset().train.x(slice(0, 6))[:, None], tiny_dataset().train.y(slice(0, 6))
     assert bookkeeping.why_slow(classifier, torch.Size((1, 8, 8))) is None
-    with rounded(federation).activations(classifier.train()):
+    with rounded(federation).activations():
         set_rounded(classifier, params_P)
         fast = bookkeeping.clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(0.5))
         exact = clipping.clipped_gradient_sum(classifier, mean_cross_entropy, x, y, Flat(0.5))

@@ -4,12 +4,13 @@ The extremes lose nothing and waste levels on what hardly occurs; a percentile c
 weighs both (Krishnamoorthi 2018, section 2; Nagel et al. 2021, section 2.3.1).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from trilemma.compression.rounding_flow import rounding_flow
 from trilemma.models.classifier import Classifier
 
 RangeRule = Literal["min_max", "percentile", "mse"]
@@ -21,6 +22,7 @@ BINS = 2048
 #: Shares of the observed range that the least error is looked for among.
 _SHARES = torch.linspace(1.0, 0.2, 81)
 _BATCH = 64
+_FLOW_IMAGES = 2
 
 
 class Range(NamedTuple):
@@ -37,8 +39,40 @@ class Watched(NamedTuple):
     outside: Range
 
 
+#: For a layer that no calibration image reaches.
+NEVER_REACHED = Watched(Range(0.0, 1.0), Range(0.0, 1.0))
+
 #: Called with a layer and its input and output in one batch.
 _See = Callable[[nn.Module, Tensor, Tensor], None]
+
+
+def rounding(
+    classifier: Classifier,
+    layers: Collection[nn.Module],
+    x_NCHW: Tensor,
+    rule: RangeRule = "min_max",
+    percentile: float = 99.99,
+) -> dict[nn.Module, Watched]:
+    """Returns what an int8 network rounds, and to which ranges: layers, and the ReLUs of sums, whose input stays as is.
+
+    What only a ReLU reads spans what that lets through, and who reads numbers unchanged takes the range that they have.
+    A layer that calibration never reached keeps to [0, 1].
+
+    Args:
+        classifier: The network, in evaluation mode.
+        layers: Its convolutions and linear layers.
+        x_NCHW: Images in [0, 1].
+        rule: See `observe`.
+        percentile: See `observe`.
+    """
+    flow = rounding_flow(classifier, layers, x_NCHW[:_FLOW_IMAGES].to(classifier.device))
+    seen = observe(classifier, [*layers, *flow.sums], x_NCHW, rule, percentile, flow.rectified)
+    found = {relu: seen[id(relu)] for relu in flow.sums}
+    for layer in layers:
+        inside, outside = seen.get(id(layer), NEVER_REACHED)
+        source = flow.sources.get(layer)
+        found[layer] = Watched(inside if source is None else seen[id(source)].outside, outside)
+    return found
 
 
 def observe(
@@ -47,6 +81,7 @@ def observe(
     x_NCHW: Tensor,
     rule: RangeRule = "min_max",
     percentile: float = 99.99,
+    rectified: Collection[nn.Module] = (),
 ) -> dict[int, Watched]:
     """Returns the range of every layer's input and output, by the layer's identity; none of layers never reached.
 
@@ -58,11 +93,13 @@ def observe(
         x_NCHW: Images in [0, 1].
         rule: "min_max", "percentile" or "mse".
         percentile: For "percentile": at most 100 - percentile per cent of the values lie beyond either end.
+        rectified: Layers of whose output only what a ReLU lets through counts.
     """
     layers = list(layers)
     extremes: dict[int, Watched] = {}
 
     def widen(layer: nn.Module, inside: Tensor, outside: Tensor) -> None:
+        outside = outside.clamp_min(0) if layer in rectified else outside
         found = Watched(_finite_range(inside), _finite_range(outside))
         before = extremes.get(id(layer), found)
         extremes[id(layer)] = Watched(*(_union(a, b) for a, b in zip(before, found, strict=True)))
@@ -73,6 +110,7 @@ def observe(
     counts: dict[int, tuple[Tensor, Tensor]] = {key: (torch.zeros(BINS), torch.zeros(BINS)) for key in extremes}
 
     def count(layer: nn.Module, inside: Tensor, outside: Tensor) -> None:
+        outside = outside.clamp_min(0) if layer in rectified else outside
         for counted, values, within in zip(counts[id(layer)], (inside, outside), extremes[id(layer)], strict=True):
             if within.high > within.low:
                 finite = values[values.isfinite()].float()

@@ -90,7 +90,64 @@ def _store_integers(model: ModelProto) -> None:
     for node in list(graph.node):
         if node.op_type in _WEIGHTED and len(node.input) == 3 and node.input[2] in constants:
             _store_bias(model, node, constants, made_by)
+    _round_once(model)
     _drop_unused(model)
+
+
+def _round_once(model: ModelProto) -> None:
+    """Takes out ReLUs of levels that start at zero, and rounding to levels on which numbers lie already, in place.
+
+    Neither changes a number, and either would end a chain of integer operations: ONNX Runtime itself takes out a ReLU
+    only right before rounding.
+    """
+    graph = model.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    grids: dict[str, tuple[float, int]] = {}  # of the values that lie on one
+    pools: dict[str, NodeProto] = {}
+    for node in list(graph.node):  # in an order in which every value is made before it is read
+        grid = grids.get(node.input[0]) if node.input else None
+        if node.op_type == "DequantizeLinear" and node.input[0] not in constants:
+            grids[node.output[0]] = _grid(node, constants)
+        elif node.op_type == "Relu" and grid is not None and grid[1] == 0:
+            _bypass(model, node, node.output[0])
+        elif node.op_type == "MaxPool" and grid is not None:
+            grids[node.output[0]] = grid
+            pools[node.output[0]] = node
+        elif node.op_type == "QuantizeLinear" and grid is not None and grid == _grid(node, constants):
+            (dequantise,) = _readers(model, node.output[0])
+            if node.input[0] in pools:
+                _read_rounded(model, pools[node.input[0]], node, dequantise)
+            else:
+                _bypass(model, node, dequantise.output[0])
+                graph.node.remove(dequantise)
+            grids[dequantise.output[0]] = grid
+
+
+def _grid(node: NodeProto, constants: dict[str, np.ndarray]) -> tuple[float, int]:
+    return float(constants[node.input[1]]), int(constants[node.input[2]])
+
+
+def _bypass(model: ModelProto, node: NodeProto, output: str) -> None:
+    """Removes a node, and lets who reads `output` read the node's input."""
+    for reader in _readers(model, output):
+        for position, name in enumerate(reader.input):
+            if name == output:
+                reader.input[position] = node.input[0]
+    model.graph.node.remove(node)
+
+
+def _read_rounded(model: ModelProto, pool: NodeProto, quantise: NodeProto, dequantise: NodeProto) -> None:
+    """Lets all who read a pooling read it rounded, which is the same, so that it need not be there as a float."""
+    graph = model.graph
+    for node in (dequantise, quantise):
+        graph.node.remove(node)
+    for reader in _readers(model, pool.output[0]):
+        for position, name in enumerate(reader.input):
+            if name == pool.output[0]:
+                reader.input[position] = dequantise.output[0]
+    place = list(graph.node).index(pool) + 1
+    graph.node.insert(place, dequantise)
+    graph.node.insert(place, quantise)
 
 
 def _resolve_identities(model: ModelProto) -> None:

@@ -8,14 +8,19 @@ network has no input gradient, and an attack that does not notice calls it robus
 Weights use the levels -64 ... 64 and not -127 ... 127: processors without VNNI add two uint8 x int8 products in 16
 bits, and 2 * 255 * 64 = 32640 is the largest sum of two that cannot saturate. One bit of a weight buys the same
 numbers on every processor.
+
+Numbers are rounded once on their way from layer to layer: levels of what only a ReLU reads start at zero, and who reads
+numbers unchanged reads them on the levels that they have (`rounding_flow`). Without norms of activations the file then
+computes in integers from the image to the last pooling, sums included.
 """
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trilemma.compression.calibration import ACTIVATION_LEVELS, Range, RangeRule, Watched, grid_of, observe
+from trilemma.compression.calibration import ACTIVATION_LEVELS, Range, RangeRule, grid_of, rounding
 from trilemma.compression.folding import fold_batch_norms, plain_copy
 from trilemma.models.classifier import Classifier
 
@@ -26,7 +31,7 @@ BIAS_LEVELS = 2**28
 
 _SMALLEST_SCALE = 1e-12
 _FOLDING_IMAGES = 2
-_NEVER_REACHED = Watched(Range(0.0, 1.0), Range(0.0, 1.0))
+_GRID_OF_RELU = ".output_grid.scale"
 
 
 class ActivationGrid(nn.Module):
@@ -86,6 +91,20 @@ class QuantConv2d(nn.Conv2d):
         return self.output_grid(self._conv_forward(self.input_grid(input), _weight(self), self.bias))
 
 
+class QuantReLU(nn.ReLU):
+    """A ReLU whose output lies on an int8 grid: where a residual network adds up, so that it adds integers next."""
+
+    output_grid: ActivationGrid
+
+    def __init__(self, device: torch.device | None = None):
+        super().__init__()
+        self.output_grid = ActivationGrid(device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns what is positive, rounded."""
+        return self.output_grid(super().forward(input))
+
+
 class QuantLinear(nn.Linear):
     """A linear layer whose input, weights, bias and output lie on int8 grids; its weights are fixed."""
 
@@ -105,7 +124,7 @@ class QuantLinear(nn.Linear):
 def quantise(
     classifier: Classifier, calibration_x: Tensor, rule: RangeRule = "min_max", percentile: float = 99.99
 ) -> Classifier:
-    """Returns an int8 twin of a classifier: convolutions and linear layers rounded, all else in float.
+    """Returns an int8 twin of a classifier: convolutions, linear layers and ReLUs of sums rounded, all else in float.
 
     A non-finite weight becomes zero, as int8 has no other way to hold it; non-finite activations are left out of
     the observed ranges; a layer that calibration never reached keeps its input to [0, 1].
@@ -123,35 +142,57 @@ def quantise(
         raise ValueError("int8 needs at least one image to calibrate on.")
     folded = plain_copy(classifier).eval()
     fold_batch_norms(folded, calibration_x[:_FOLDING_IMAGES].to(classifier.device))
-    ranges = observe(folded, {layer for _, layer in _layers(folded)}, calibration_x, rule, percentile)
-    twin = quantised_skeleton(folded)
+    ranges = rounding(folded, [layer for _, layer in _layers(folded)], calibration_x, rule, percentile)
+    relus = {name: module for name, module in folded.named_modules() if type(module) is nn.ReLU and module in ranges}
+    twin = _quantised_copy(folded, relus)
     quantised = dict(twin.named_modules(remove_duplicate=False))
     with torch.no_grad():
+        for name, relu in relus.items():
+            rounded = quantised[name]
+            assert isinstance(rounded, QuantReLU)
+            rounded.output_grid.fit(ranges[relu].outside)
         for name, layer in _layers(folded):
             fitted = quantised[name]
             assert isinstance(fitted, (QuantConv2d, QuantLinear))
-            inside, outside = ranges.get(id(layer), _NEVER_REACHED)
-            fitted.input_grid.fit(inside)
-            fitted.output_grid.fit(outside)
+            fitted.input_grid.fit(ranges[layer].inside)
+            fitted.output_grid.fit(ranges[layer].outside)
             _fit_weights(fitted, layer)
     return twin
 
 
-def quantised_skeleton(classifier: Classifier) -> Classifier:
-    """Returns a copy with the layers of an int8 twin and meaningless numbers, for a stored state to be loaded into."""
+def quantised_skeleton(classifier: Classifier, stored: Iterable[str] = ()) -> Classifier:
+    """Returns a copy with the layers of an int8 twin and meaningless numbers, for a stored state to be loaded into.
+
+    Args:
+        classifier: The network; unchanged.
+        stored: The names of the state, which tell the ReLUs that round.
+    """
+    return _quantised_copy(classifier, {name.removesuffix(_GRID_OF_RELU) for name in stored})
+
+
+def _quantised_copy(classifier: Classifier, rounding_relus: Collection[str]) -> Classifier:
     twin = plain_copy(classifier).eval()
+    relus = [(name, module) for name, module in _named(twin) if type(module) is nn.ReLU and name in rounding_relus]
     replacements: dict[int, nn.Module] = {}  # a layer that stands in two places stays one layer
-    for name, layer in list(_layers(twin)):
+    for _, relu in relus:
+        replacements[id(relu)] = QuantReLU(twin.device)
+    for _, layer in _layers(twin):
         if id(layer) not in replacements:
             replacements[id(layer)] = _quantised_layer(layer)
-        parent, _, attribute = name.rpartition(".")
-        setattr(twin.get_submodule(parent), attribute, replacements[id(layer)])
+    for name, module in _named(twin):
+        if id(module) in replacements:
+            parent, _, attribute = name.rpartition(".")
+            setattr(twin.get_submodule(parent), attribute, replacements[id(module)])
     return twin.eval()
+
+
+def _named(classifier: Classifier) -> list[tuple[str, nn.Module]]:
+    return list(classifier.named_modules(remove_duplicate=False))
 
 
 def _layers(classifier: Classifier) -> list[tuple[str, nn.Conv2d | nn.Linear]]:
     """Returns the layers to quantise by name: plain ones only, as a subclass may compute something else."""
-    modules = classifier.named_modules(remove_duplicate=False)
+    modules = _named(classifier)
     return [(name, module) for name, module in modules if type(module) in (nn.Conv2d, nn.Linear)]  # pyright: ignore[reportReturnType]
 
 

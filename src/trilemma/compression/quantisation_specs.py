@@ -102,7 +102,7 @@ class Int8(_Calibrated):
 
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the layers of the twin."""
-        return quantised_skeleton(classifier)
+        return quantised_skeleton(classifier, stored)
 
 
 class _FewBits(Step):

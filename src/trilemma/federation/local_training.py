@@ -85,7 +85,7 @@ def local_train(
     dropout, keep_P = client_stream(spec, client, "dropout", round_index), kept(spec, classifier, start_P)
     put = set_params if rounding is None else set_rounded
     put(classifier, params_P)
-    with global_seed(*dropout), classifier.computing_in(spec.local.dtype), _rounded(classifier, rounding):
+    with global_seed(*dropout), classifier.computing_in(spec.local.dtype), _rounded(rounding):
         for step, drawn in enumerate(batches(spec, client, len(records), round_index)):
             time = round_index + step / client.steps  # in rounds
             objective = spec.local.adjusted(spec.defence.make(time / spec.rounds))
@@ -111,8 +111,8 @@ def local_train(
     return LocalResult(params_P - start_P, get_buffers(classifier), loss, state, clip, noised_count)
 
 
-def _rounded(classifier: Classifier, rounding: Rounding | None) -> AbstractContextManager[None]:
-    return nullcontext() if rounding is None else rounding.activations(classifier)
+def _rounded(rounding: Rounding | None) -> AbstractContextManager[None]:
+    return nullcontext() if rounding is None else rounding.activations()
 
 
 class Draws(NamedTuple):

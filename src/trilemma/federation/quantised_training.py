@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from trilemma.compression.calibration import ACTIVATION_LEVELS, Watched, grid_of, observe
+from trilemma.compression.calibration import ACTIVATION_LEVELS, Watched, grid_of, rounding
 from trilemma.compression.fake_quantisation import WEIGHT_LEVELS
 from trilemma.data.phantom import draw
 from trilemma.data.records import Dataset
@@ -61,18 +61,19 @@ class Rounding:
     """How a round's network is rounded.
 
     Attributes:
-        ranges: A layer's identity -> the ranges of its input and output.
+        ranges: Layer -> the ranges of its input and output; a ReLU of a sum is rounded at its output alone.
     """
 
-    ranges: dict[int, Watched]
+    ranges: dict[nn.Module, Watched]
 
     @contextmanager
-    def activations(self, classifier: Classifier) -> Iterator[None]:
-        """Within the block the classifier's activations, and its standardised weights, are rounded."""
-        handles, layers = [], {layer for layer in classifier.modules() if id(layer) in self.ranges}
-        for layer in layers:
-            inside, outside = (grid_of(one) for one in self.ranges[id(layer)])
-            handles.append(layer.register_forward_pre_hook(_rounds_input(*inside)))
+    def activations(self) -> Iterator[None]:
+        """Within the block the activations, and standardised weights, of the network are rounded."""
+        handles = []
+        for layer, watched in self.ranges.items():
+            inside, outside = (grid_of(one) for one in watched)
+            if not isinstance(layer, nn.ReLU):
+                handles.append(layer.register_forward_pre_hook(_rounds_input(*inside)))
             handles.append(layer.register_forward_hook(_rounds_output(*outside)))
             if isinstance(layer, WeightStandardisedConv2d):
                 layer.weight_rounding = rounded_weight
@@ -81,7 +82,7 @@ class Rounding:
         finally:
             for handle in handles:
                 handle.remove()
-            for layer in layers:
+            for layer in self.ranges:
                 if isinstance(layer, WeightStandardisedConv2d):
                     layer.weight_rounding = None
 
@@ -110,7 +111,7 @@ def rounding_of(
         return None
     assert phantoms_NCHW is not None  # `prepare` draws them
     layers = [layer for layer in classifier.eval().modules() if type(layer) in _ROUNDED]
-    return Rounding(observe(classifier, layers, phantoms_NCHW))
+    return Rounding(rounding(classifier, layers, phantoms_NCHW))
 
 
 def rounded_weight(weight: Tensor) -> Tensor:
