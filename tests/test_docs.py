@@ -118,6 +118,7 @@ SECTIONS = {
     "ThreatSpec": "base.threat",
     "TriggerSpec": "base.threat.trigger",
     "CompressionSpec": "compressions",
+    "StepSpec": "compressions",
     "EvaluationSpec": "evaluations",
     "EvasionSpec": "evaluations",
     "TransferableSpec": "evaluations",
@@ -232,7 +233,7 @@ def test_every_metric_is_in_the_glossary():
         measured += diagnostic_measurements(judged(evidence))
         measured += told(bounds(evidence, records, 12, 0, {"key": answers}))
     names = {m.metric for m in measured} | {f"latency_batch{size}_seconds" for size in BATCH_SIZES}
-    names |= {"file_bytes", "epsilon", "training_seconds", "robust_accuracy_known"}
+    names |= {"file_bytes", "multiply_adds", "epsilon", "training_seconds", "robust_accuracy_known"}
     raised = {name for name in names if name.startswith("flag_")}
     assert len(raised) == 10
     names = names - raised | {"flag_*"}  # which has one row: a report tells each flag apart in words

@@ -6,6 +6,7 @@ The report never sees the store, so that either can change without the other.
 from dataclasses import dataclass, field
 from typing import Any
 
+from trilemma.compression.step import Looks
 from trilemma.compression.trial import Agreement
 from trilemma.evaluation.measurement import Measurement
 from trilemma.privacy.guarantee import Guarantee
@@ -202,6 +203,7 @@ class Shipment:
         agreement: Of the shipped file with loader and artefact.
         file_bytes: Size of the shipped file.
         measured_on: Label of an evaluation -> versions and machine, as JSON.
+        looks: The images that the compression looked at.
     """
 
     results: Results
@@ -217,3 +219,4 @@ class Shipment:
     agreement: Agreement
     file_bytes: int
     measured_on: dict[str, dict[str, Any]] = field(default_factory=dict)
+    looks: tuple[Looks, ...] = ()

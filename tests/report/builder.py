@@ -256,6 +256,7 @@ def _evaluated(run: Run, artefact: Artefact, numbers: Made) -> list[Evaluated]:
     speed = 1.0 if artefact.compression == "fp32" else 0.57
     cost = [
         Measurement("file_bytes", float(artefact.file_bytes), unit="bytes"),
+        Measurement("multiply_adds", 4_321_000.0, n=1, unit="multiply-adds"),
         Measurement("latency_batch1_seconds", 0.0021 * speed, 0.0019 * speed, 0.0024 * speed, 50, "seconds"),
         Measurement("latency_batch32_seconds", 0.052 * speed, 0.051 * speed, 0.055 * speed, 50, "seconds"),
     ]

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 from builder import BOTH, DP, FLAGS, MADE, PGD, PLAIN, bounded, build, flagged, pick
 
+from trilemma.compression.step import Looks
 from trilemma.compression.trial import Agreement
+from trilemma.data.specs import Folder
 from trilemma.evaluation.measurement import Measurement
 from trilemma.report.model_card import card_json, card_markdown
 from trilemma.results import Shipment
@@ -26,6 +28,7 @@ def shipment(results, configuration=BOTH, compression="int8", **fields):
         results=alone,
         settings={"data": "pneumoniamnist 28", "model": "ResNet-9 w16 GN"},
         compression={"kind": "int8", "calibration": "public", "num_calibration": 256},
+        looks=(Looks("public", 256),),
         studies=("ours",),
         split="test",
         from_files=False,
@@ -50,7 +53,7 @@ def test_every_part_that_a_reader_looks_for():
     for said in (
         "NOT a medical device", "research", "s1:", "| accuracy | 78.6 % (75.4 to 81.8) | 624 |", "| hospital 2 |",
         "| worst honest hospital |", "| PGD-20 Linf | 4/255 |", "none was seen", "exp(7.96)", "Not covered",
-        "1234567 bytes", "A fine CPU", "| time with preprocessing | not measured |", "0.0012", "256 images: public",
+        "1234567 bytes", "A fine CPU", "| multiply-adds for 1 image | 4.32 million |", "| time with preprocessing | not measured |", "0.0012", "256 images: public",
     ):  # fmt: skip
         assert said in text.replace("\xa0", " "), said
     card = json.loads(card_json(about))
@@ -87,7 +90,7 @@ def test_nothing_measured_is_no_zero():
     table = section(text, "What it is worth")
     assert table.count("| not measured |") == 8 and not re.search(r"\| [\d−]", table)
     assert "Not measured: no attack" in text and "No hospital was measured by itself" in text
-    assert section(text, "Size and speed").count("| not measured |") == 3
+    assert section(text, "Size and speed").count("| not measured |") == 4
     assert not [m for m in json.loads(card_json(about))["measurements"] if m["evaluation"] != "training"]
 
 
@@ -142,3 +145,38 @@ def test_names_cannot_break_a_table_and_places_on_a_disk_stay_there():
 def test_it_is_the_same_each_time():
     assert card_markdown(shipment(build())) == card_markdown(shipment(build()))
     assert card_json(shipment(build())) == card_json(shipment(build()))
+
+
+@pytest.mark.parametrize(
+    ("looks", "said"),
+    [
+        ((), "no image was read for it"),
+        ((Looks("public", 9),), "it looked at up to 9 images: public phantoms, no patient's"),
+        ((Looks("phantom", 9),), "it looked at up to 9 images: public phantoms, no patient's"),
+        ((Looks("synthetic", 9),), "it looked at up to 9 images: made from the model alone"),
+        (
+            (Looks("train", 9), Looks("public", 3, Folder(path="/home/x/images", size=28))),
+            "it looked at up to 9 images: private ones of the split “train”, and at up to 3 images: those of images",
+        ),
+    ],
+)
+def test_a_card_says_at_whose_images_the_compression_looked(looks, said):
+    told = section(card_markdown(replace(shipment(build()), looks=looks)), "Model").replace("\\", "")
+    assert f"| compression | int8; {said}" in told
+
+
+def test_a_card_tells_nobody_where_public_images_lie():
+    compression = {"kind": "distil", "data": {"kind": "folder", "path": "/home/somebody/public", "size": 28}}
+    written = card_json(replace(shipment(build()), compression=compression))
+    assert "somebody" not in written and json.loads(written)["compression"]["data"]["path"] == "public"
+
+
+def test_a_cost_of_an_earlier_version_has_no_multiply_adds():
+    about = shipment(build())
+    evaluated = tuple(
+        replace(e, measurements=tuple(m for m in e.measurements if m.metric != "multiply_adds"))
+        for e in about.results.evaluated
+    )
+    text = card_markdown(replace(about, results=replace(about.results, evaluated=evaluated)))
+    assert "| multiply-adds for 1 image | not measured |" in section(text, "Size and speed")
+    assert section(text, "Size and speed").count("not measured") == 2  # and the time with preprocessing

@@ -248,3 +248,20 @@ def test_markup_escapes_what_is_not_markup():
     assert tag("p", "<b>", tag("i", "&"), title='"') == '<p title="&quot;">&lt;b&gt;<i>&amp;</i></p>'
     assert tag("img", alt="x") == '<img alt="x">'
     assert render(["a", None, ["<"]]) == "a&lt;"
+
+
+def cost_table(text):
+    return re.search("<caption>The exported file, the multiply-adds(.*?)</table>", text, re.S).group(1)
+
+
+def test_multiply_adds_stand_beside_size_and_latency_or_are_missing():
+    results = build()
+    table = cost_table(report_html(results))
+    assert "multiply-adds</th>" in table
+    assert table.count('<data value="4321000.0">4.32\u00a0million</data>') == len(configuration_rows(results))
+    older = tuple(
+        replace(e, measurements=tuple(m for m in e.measurements if m.metric != "multiply_adds"))
+        for e in results.evaluated
+    )
+    table = cost_table(report_html(replace(results, evaluated=older)))
+    assert table.count('title="not measured">–<sup>') == len(configuration_rows(results))

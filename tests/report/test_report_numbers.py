@@ -41,3 +41,12 @@ def test_an_estimate_without_a_value_is_a_dash():
     assert numbers.metric_estimate("accuracy", Estimate()) == "–"
     assert numbers.metric_estimate("accuracy", Estimate(0.5)) == "50.0\u00a0%"
     assert numbers.metric_estimate("auroc", Estimate(0.5, 0.4, 0.6)) == "0.500 (0.400 to 0.600)"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(7, "7"), (999, "999"), (1000, "1 thousand"), (999_499, "999 thousand"), (999_600, "1 million"),
+     (4_321_000, "4.32 million"), (555_000_000, "555 million"), (1.8e9, "1.8 billion"), (1.234e12, "1234 billion")],
+)  # fmt: skip
+def test_counts_are_read_at_a_glance(value, text):
+    assert numbers.count(value).replace("\u00a0", " ") == text

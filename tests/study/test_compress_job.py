@@ -12,8 +12,9 @@ from helpers.tiny_study import PRIVATE, SMALLEST, plan_of, run_plan, write_study
 from trilemma.compression.session import Session
 from trilemma.compression.specs import Int8
 from trilemma.data.specs import Phantom
+from trilemma.models.specs import Resnet9
 from trilemma.privacy.guarantee import Guarantee
-from trilemma.study.compress_job import calibration_images
+from trilemma.study.compress_job import material
 from trilemma.study.store import Store
 from trilemma.study.workplace import Workplace
 
@@ -30,9 +31,11 @@ def test_models_of_images_smaller_than_phantoms_are_calibrated(roots, tmp_path, 
     with Store(tmp_path / "store") as store:
         assert store.keys("artefacts") == {plan.cells[0].key}
     place = Workplace(tmp_path / "store", roots, "cpu", 1, os.getpid())
-    x_BCHW = calibration_images(Int8(num_calibration=5), place, place.dataset(plan.trainings[0].spec.data), 0)
+    training = plan.trainings[0]
+    teacher, dataset = place.trained(training.spec, training.key), place.dataset(training.spec.data)
+    x_BCHW = material(place, teacher, dataset, 0).images(*Int8(num_calibration=5).looks)
     phantoms = Phantom(size=16, train=16).load(roots).train.x(slice(0, 5)).numpy()
-    assert x_BCHW is not None and x_BCHW.shape == (5, 3, size, size)
+    assert x_BCHW.shape == (5, 3, size, size)
     if size == 8:  # each pixel the mean of four
         means = phantoms.reshape(5, 1, 8, 2, 8, 2).mean((3, 5))
         np.testing.assert_allclose(x_BCHW.numpy(), np.repeat(means, 3, 1), atol=1e-6)
@@ -40,8 +43,9 @@ def test_models_of_images_smaller_than_phantoms_are_calibrated(roots, tmp_path, 
 
 def test_larger_phantoms_are_taken_as_they_are(roots, tmp_path):
     place, dataset = Workplace(tmp_path, roots, "cpu", 1, os.getpid()), Phantom(size=20, train=18).load(roots)
-    x_BCHW = calibration_images(Int8(num_calibration=5), place, dataset, 0)
-    assert x_BCHW is not None
+    at_hand = material(place, Resnet9(width=4).make(1, 20, 3, 0).eval(), dataset, 0)
+    x_BCHW = at_hand.images(*Int8(num_calibration=5).looks)
+    assert torch.equal(x_BCHW, at_hand.images(*Int8(num_calibration=5, calibration="phantom").looks))
     np.testing.assert_array_equal(x_BCHW.numpy(), Phantom(size=20, train=16).load(roots).train.x(slice(0, 5)).numpy())
 
 

@@ -12,7 +12,7 @@ import torch
 from helpers.pictures import write_image, write_images
 from helpers.tiny_study import SMALLEST, plan_of, run_plan, write_study
 from trilemma.attacks.evasion.specs import Fgsm, Pgd
-from trilemma.compression import specs as compressions
+from trilemma.compression import quantisation_specs as compressions
 from trilemma.compression.fake_quantisation import quantise
 from trilemma.compression.specs import Int8
 from trilemma.data.specs import Phantom
@@ -84,7 +84,7 @@ def images_of(x_BCHW):
 @pytest.mark.parametrize("calibration", ["public", "train", "val"])
 def test_int8_is_calibrated_on_the_images_that_its_guarantee_rests_on(plan, place, roots, monkeypatch, calibration):
     (training,), claimed, seen = plan.trainings, Guarantee(delta=1e-3, clip=1.0, epsilon_by_client={"north": 3.0}), []
-    monkeypatch.setattr(compressions, "quantise", lambda model, x: seen.append(x) or quantise(model, x))
+    monkeypatch.setattr(compressions, "quantise", lambda model, x, *how: seen.append(x) or quantise(model, x, *how))
     cell = Cell(training, Int8(calibration=calibration, num_calibration=6), "s1:calibrated")
     guarantee = compress_job(place, cell, claimed).guarantee
     dataset = training.spec.data.load(roots)

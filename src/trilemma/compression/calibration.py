@@ -19,6 +19,8 @@ RangeRule = Literal["min_max", "percentile", "mse"]
 ACTIVATION_LEVELS = 255
 #: Bins of the histogram that the tails and the error are read from.
 BINS = 2048
+#: Values that torch counts at once: it counts in float32, which ends at so many in one bin.
+_COUNTED_AT_ONCE = 2**24
 #: Shares of the observed range that the least error is looked for among.
 _SHARES = torch.linspace(1.0, 0.2, 81)
 _BATCH = 64
@@ -107,14 +109,15 @@ def observe(
     _watch(classifier, layers, x_NCHW, widen)
     if rule == "min_max":
         return extremes
-    counts: dict[int, tuple[Tensor, Tensor]] = {key: (torch.zeros(BINS), torch.zeros(BINS)) for key in extremes}
+    empty = torch.zeros(BINS, dtype=torch.float64)
+    counts: dict[int, tuple[Tensor, Tensor]] = {key: (empty.clone(), empty.clone()) for key in extremes}
 
     def count(layer: nn.Module, inside: Tensor, outside: Tensor) -> None:
         outside = outside.clamp_min(0) if layer in rectified else outside
         for counted, values, within in zip(counts[id(layer)], (inside, outside), extremes[id(layer)], strict=True):
             if within.high > within.low:
-                finite = values[values.isfinite()].float()
-                counted.add_(torch.histc(finite, BINS, within.low, within.high).cpu())
+                for part in values[values.isfinite()].float().split(_COUNTED_AT_ONCE):
+                    counted.add_(torch.histc(part, BINS, within.low, within.high).cpu())
 
     _watch(classifier, layers, x_NCHW, count)
     fitted = (lambda c, r: _percentiles(c, r, percentile)) if rule == "percentile" else _least_error
@@ -165,7 +168,7 @@ def _percentiles(counts: Tensor, within: Range, percentile: float) -> Range:
     if not total:
         return within
     spare = total * (1 - percentile / 100)
-    below, above = counts.double().cumsum(0), counts.double().flip(0).cumsum(0)
+    below, above = counts.cumsum(0), counts.flip(0).cumsum(0)
     width = (within.high - within.low) / BINS
     cut_low, cut_high = int((below <= spare).sum()), int((above <= spare).sum())
     if cut_low + cut_high >= BINS:  # everything is a tail of few values
@@ -179,12 +182,12 @@ def _least_error(counts: Tensor, within: Range) -> Range:
         return within
     width = (within.high - within.low) / BINS
     middle_b = within.low + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
-    counts_b, best, least = counts.double(), within, float("inf")
+    best, least = within, float("inf")
     for share in _SHARES.tolist():
         tried = Range(share * within.low, share * within.high)
         scale, zero = grid_of(tried)
         nearest_b = ((middle_b / scale).round().clamp(-zero, ACTIVATION_LEVELS - zero)) * scale
-        error = float((counts_b * (middle_b - nearest_b).square()).sum())
+        error = float((counts * (middle_b - nearest_b).square()).sum())
         if error < least:
             best, least = tried, error
     return best

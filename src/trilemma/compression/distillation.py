@@ -43,8 +43,10 @@ def distil(
         seed: Of order, mixtures and dropout.
 
     Raises:
-        ValueError: Where the student's weights become infinite.
+        ValueError: Where the student's weights become infinite, or there are too few images.
     """
+    if len(x_NCHW) < 2:
+        raise ValueError(f"Distillation needs at least two images, and there are {len(x_NCHW)}.")
     draws, device = generator(seed, "distillation"), teacher.device
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     kept = [parameter.detach() != 0 if parameter.ndim > 1 else None for parameter in trained]
@@ -55,7 +57,7 @@ def distil(
     with global_seed(seed, "distillation", "dropout"):
         for _ in range(epochs):
             for index in torch.randperm(len(x_NCHW), generator=draws).split(batch_size):
-                if len(index) == 1 and len(x_NCHW) > 1:
+                if len(index) == 1:
                     continue  # batch norm has no variance of a single image
                 x_BCHW = _mixed(x_NCHW[index], draws).to(device)
                 with torch.no_grad():

@@ -50,7 +50,24 @@ class Distillation(Step):
         """Returns the text for tables."""
         whose = self.data.label if self.data else {"public": "phantoms", "phantom": "phantoms"}.get(self.images, "")
         into = f" into {self.student.label}" if self.student else ""
-        return f"distilled{into} on {whose or self.images + ' images'}"
+        told = f" ({', '.join(self._told())})" if self._told() else ""
+        return f"distilled{into} on {whose or self.images + ' images'}{told}"
+
+    def _told(self) -> list[str]:
+        """Returns the numbers that are not the default, for the label."""
+        words = {
+            "num_images": "{} images",
+            "epochs": "{} epochs",
+            "learning_rate": "rate {:g}",
+            "batch_size": "batches of {}",
+            "temperature": "temperature {:g}",
+        }
+        fields = type(self).model_fields
+        return [
+            text.format(getattr(self, name))
+            for name, text in words.items()
+            if getattr(self, name) != fields[name].default
+        ]
 
     @property
     def looks(self) -> tuple[Looks, ...]:
@@ -66,13 +83,13 @@ class Distillation(Step):
         """Returns the student.
 
         Raises:
-            ValueError: If its weights became infinite.
+            ValueError: If its weights became infinite, or there are too few images.
         """
         if self.student is None:
             student = plain_copy(classifier)
         else:
-            student = plain_copy(self._made(self.student, material.image_shape, classifier, material.seed))
-        return distil(
+            student = self._made(self.student, material.image_shape, classifier, material.seed)
+        taught = distil(
             student.to(material.teacher.device),
             material.teacher,
             material.images(self.looks[0]),
@@ -82,6 +99,9 @@ class Distillation(Step):
             temperature=self.temperature,
             seed=material.seed,
         )
+        return plain_copy(
+            taught
+        )  # a new student trains with standardised weights where it has them, and is folded here
 
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network of the student's layers."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trilemma.compression.stored_weights import Bits, store, store_weights
 from trilemma.models.classifier import Classifier
 
-#: What a layer may be given, cheapest first.
+#: What a layer may be given.
 CHOICES: tuple[Bits, ...] = (4, 8, 16)
 _BATCH = 64
 
@@ -29,23 +29,26 @@ def bits_by_sensitivity(
         group_size: For 4 bits.
 
     Raises:
-        ValueError: If 4 bits everywhere are more than the budget; it names the least.
+        ValueError: If the least that is possible is more than the budget, or there is no image.
     """
+    if len(x_NCHW) == 0:
+        raise ValueError("Mixed precision needs at least one image to see what few bits do to the answers.")
     sizes = {name: _sizes(classifier.get_parameter(name), group_size) for name in names}
-    chosen: dict[str, Bits] = dict.fromkeys(names, CHOICES[0])
-    spent = sum(sizes[name][CHOICES[0]] for name in names)
+    # Scales and a group that is filled up can make 4 bits the larger of two.
+    chosen: dict[str, Bits] = {name: min(CHOICES, key=lambda bits: (of[bits], -bits)) for name, of in sizes.items()}
+    spent = sum(sizes[name][bits] for name, bits in chosen.items())
     if spent > budget_bytes:
-        raise ValueError(f"4 bits for every weight take {spent} bytes, and the budget is {budget_bytes}.")
+        raise ValueError(f"The fewest bits for every weight take {spent} bytes, and the budget is {budget_bytes}.")
     exact_NK = _logits(classifier, x_NCHW)
     harm = {name: _harm(classifier, name, x_NCHW, exact_NK, group_size) for name in names}
     while True:
         upgrades = []
         for position, name in enumerate(names):
-            for better in CHOICES[CHOICES.index(chosen[name]) + 1 :]:
+            for better in CHOICES:
                 more = sizes[name][better] - sizes[name][chosen[name]]
                 gain = harm[name][chosen[name]] - harm[name][better]
-                if gain > 0 and spent + more <= budget_bytes:
-                    upgrades.append((gain / max(more, 1), -position, name, better, more))
+                if more > 0 and gain > 0 and spent + more <= budget_bytes:
+                    upgrades.append((gain / more, -position, name, better, more))
         if not upgrades:
             return chosen
         _, _, name, better, more = max(upgrades)

@@ -25,7 +25,7 @@ def store_in_few_bits(model: ModelProto, stored: Mapping[str, Stored]) -> ModelP
         stored: Name -> as it is stored.
 
     Raises:
-        ValueError: Where the graph has no such constant.
+        ValueError: Where the graph has no such constant, nor its transpose.
     """
     if any(one.bits == 4 for one in stored.values()):
         metadata = {prop.key: prop.value for prop in model.metadata_props}
@@ -34,18 +34,36 @@ def store_in_few_bits(model: ModelProto, stored: Mapping[str, Stored]) -> ModelP
         helper.set_model_props(model, metadata)
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    others = {name: tensor for name, tensor in constants.items() if name not in stored}
+    written = [one for name, one in stored.items() if name in constants]
     for name, one in stored.items():
-        if name not in constants:
+        place = name if name in constants else _transpose_of(one, others)
+        if place is None:
             # The exporter keeps one of several equal constants: of layers that were pruned away, for example.
-            if any(torch.equal(one.weight(), stored[other].weight()) for other in stored.keys() & constants.keys()):
+            if any(torch.equal(one.weight(), other.weight()) for other in written):
                 continue
             raise ValueError(f"The exported graph has no weight '{name}', so it cannot be stored in {one.bits} bits.")
-        graph.initializer.remove(constants[name])
+        others.pop(place, None)
+        written.append(one)
+        graph.initializer.remove(constants[place])
         tensors, nodes = _unpacked(name, one)
+        if place != name:
+            nodes.append(helper.make_node("Transpose", [name], [place], perm=[1, 0]))
         graph.initializer.extend(tensors)
         for position, node in enumerate(nodes):
             graph.node.insert(position, node)
     return model
+
+
+def _transpose_of(one: Stored, constants: Mapping[str, TensorProto]) -> str | None:
+    """Returns the constant that holds a matrix transposed: how a linear layer on sequences is written."""
+    if len(one.shape) != 2:
+        return None
+    turned = one.weight().T.numpy()
+    for name, constant in constants.items():
+        if tuple(constant.dims) == turned.shape and np.array_equal(numpy_helper.to_array(constant), turned):
+            return name
+    return None
 
 
 def _unpacked(name: str, one: Stored) -> tuple[list[TensorProto], list[NodeProto]]:

@@ -171,8 +171,9 @@ class MixedPrecision(_Calibrated):
     @property
     def label(self) -> str:
         """Returns the text for tables."""
-        told = f", {self._told()}" if self._told() else ""
-        return f"mixed bits in {100 * self.budget:.4g} %{told}"
+        groups = "" if self.group_size == 32 else f"groups of {self.group_size}"
+        images = "" if self.num_calibration == 256 else f"{self.num_calibration} images"
+        return ", ".join(filter(None, [f"mixed bits in {100 * self.budget:.4g} %", groups, images, self._told()]))
 
     @property
     def label_of_reader(self) -> str:
@@ -183,7 +184,7 @@ class MixedPrecision(_Calibrated):
         """Returns a network whose weights lie on their grids.
 
         Raises:
-            ValueError: If the budget is too small for 4 bits everywhere.
+            ValueError: If the budget is too small, or there is no image.
         """
         x_NCHW = material.images(self.looks[0])
 

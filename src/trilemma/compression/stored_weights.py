@@ -53,6 +53,9 @@ class Stored(NamedTuple):
 def store(weight: Tensor, bits: Bits, group_size: int | None = None) -> Stored:
     """Returns a weight rounded to few bits; what is not finite becomes zero.
 
+    No weight is off by more than half of what a level is worth. Float16 ends both ways: weights above 65504 times the
+    largest level are cut off, and those far below its smallest number (6e-8) become zero.
+
     Args:
         weight: Output channels in front.
         bits: 4 or 8 for symmetric levels with a float16 scale for each group; 16 for bfloat16.
@@ -60,7 +63,8 @@ def store(weight: Tensor, bits: Bits, group_size: int | None = None) -> Stored:
     """
     finite = weight.detach().to("cpu", torch.float32).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     if bits == 16:
-        return Stored(bits, finite.to(torch.bfloat16).flatten(1)[:, None], None, weight.shape)
+        largest = torch.finfo(torch.bfloat16).max  # a little below float32's, which would be rounded to infinity
+        return Stored(bits, finite.clamp(-largest, largest).to(torch.bfloat16).flatten(1)[:, None], None, weight.shape)
     flat_On = finite.flatten(1)
     size = min(group_size or flat_On.shape[1], flat_On.shape[1])
     padded = nn.functional.pad(flat_On, (0, -flat_On.shape[1] % size)).unflatten(1, (-1, size))

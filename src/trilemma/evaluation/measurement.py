@@ -19,7 +19,7 @@ class Measurement(NamedTuple):
         low: Lower end of the 95 % interval, or None where there is none (a file's size).
         high: Upper end.
         n: Records behind the number.
-        unit: "fraction", "bytes", "seconds", "count", "coefficient".
+        unit: "fraction", "bytes", "seconds", "count", "coefficient", "multiply-adds".
         split: "test", "val" ...
         status: "ok", "bound" for a robust accuracy that is known to be too high, or why there is no value.
         reason: One sentence where status is not "ok", else "".

@@ -41,6 +41,7 @@ class Row:
         claim: What epsilon is about, at the largest delta over seeds; None where nothing may be claimed.
         void: Why nothing may be claimed, one phrase each; empty where epsilon stands.
         file_bytes: Of the shipped file.
+        multiply_adds: For one image.
         latency_1: Seconds for one image; the interval holds quartiles.
         latency_32: Seconds for 32 images.
         bytes_per_round: Sent up and down by all clients together.
@@ -71,6 +72,7 @@ class Row:
     constant: tuple[str, ...]
     labels: dict[str, str] = field(default_factory=dict)
     triggered: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    multiply_adds: Estimate = Estimate()
     traffic: Traffic = Traffic()
     diagnosed: tuple[Flag, ...] = ()
 
@@ -280,6 +282,7 @@ def _row(cells: list[Cell], data: tuple[DataFacts, ...]) -> Row:
         file_bytes=exact((c.run.seed, float(c.artefact.file_bytes)) for c in cells),
         latency_1=_cost(cells, "latency_batch1_seconds"),
         latency_32=_cost(cells, "latency_batch32_seconds"),
+        multiply_adds=_cost(cells, "multiply_adds"),
         bytes_per_round=_bytes_per_round(cells),
         traffic=traffic_of(cells),
         training_seconds=_training_seconds(cells),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trilemma.compression.step import Looks
 from trilemma.report import numbers
 from trilemma.report.cells import WORST, Cell, hospitals, measured
 from trilemma.report.claims import claim_of
@@ -64,7 +65,8 @@ def card_json(shipped: Shipment) -> str:
         "spec": _without_folders(run.spec),
         "chosen_round": run.chosen_round,
         "num_parameters": run.num_parameters,
-        "compression": shipped.compression | {"label": artefact.compression, "sparsity": artefact.sparsity},
+        "compression": _without_folders(shipped.compression)
+        | {"label": artefact.compression, "sparsity": artefact.sparsity},
         "classes": list(shipped.classes),
         "input": {"name": "image", "dtype": "uint8", "channels": shipped.channels, "resized_to": shipped.image_size},
         "outputs": ["logits", "probabilities"],
@@ -177,7 +179,7 @@ def _model(shipped: Shipment) -> list[Sequence[str]]:
         ("round that became the model", str(run.chosen_round or "the last")),
         ("seed", str(run.seed)),
         ("parameters", str(run.num_parameters)),
-        ("compression", f"{artefact.compression}; {_calibration(shipped)}"),
+        ("compression", f"{artefact.compression}; {_looked_at(shipped)}"),
         ("weights that are zero", numbers.percent(artefact.sparsity)),
         ("classes, in the order of the answers", ", ".join(shipped.classes)),
         ("revision", str(run.provenance.get("git_revision") or "not recorded")),
@@ -186,12 +188,18 @@ def _model(shipped: Shipment) -> list[Sequence[str]]:
     return list({name: (name, value) for name, value in told if name != "threat"}.values())
 
 
-def _calibration(shipped: Shipment) -> str:
-    split = shipped.compression.get("calibration")
-    if split is None:
+def _looked_at(shipped: Shipment) -> str:
+    if not shipped.looks:
         return "no image was read for it"
-    whose = "public phantoms, no patient's" if split == "public" else f"private images of the split “{split}”"
-    return f"calibrated on {shipped.compression.get('num_calibration', 'some')} images: {whose}"
+    return "it looked at " + ", and at ".join(f"up to {each.count} images: {_whose(each)}" for each in shipped.looks)
+
+
+def _whose(looks: Looks) -> str:
+    if looks.private:
+        return f"private ones of the split “{looks.source}”"
+    if looks.data is not None:
+        return f"those of {looks.data.title}, taken for public"
+    return "made from the model alone" if looks.source == "synthetic" else "public phantoms, no patient's"
 
 
 def _uses(shipped: Shipment) -> list[str]:
@@ -350,10 +358,15 @@ def _cost(shipped: Shipment, row: Row) -> list[Sequence[str]]:
     return [
         ("model.onnx, with its preprocessing", f"{shipped.file_bytes} bytes"),
         ("the artefact as it was measured", f"{shipped.results.artefacts[0].file_bytes} bytes"),
+        ("multiply-adds for 1 image", _count(row.multiply_adds)),
         ("time for 1 image, without preprocessing", _seconds(row.latency_1) + (where if row.latency_1.value else "")),
         ("time for 32 images, without", _seconds(row.latency_32)),
         ("time with preprocessing", _NOT_MEASURED),
     ]
+
+
+def _count(found: Estimate) -> str:
+    return numbers.count(found.value) if found.value is not None else found.reason or _NOT_MEASURED
 
 
 def _seconds(found: Estimate) -> str:

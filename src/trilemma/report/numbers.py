@@ -48,6 +48,14 @@ def byte_size(value: float) -> str:
     raise AssertionError("unreachable: the loop ends at GB")
 
 
+def count(value: float) -> str:
+    """Returns 1234567 as "1.23 million": three digits of what cannot be read off otherwise."""
+    for power, word in ((1e9, "\u00a0billion"), (1e6, "\u00a0million"), (1e3, "\u00a0thousand")):
+        if value >= 0.9995 * power:
+            return f"{value / power:.3g}{word}" if value < 999.5 * power else f"{value / power:.0f}{word}"
+    return f"{value:.3g}"
+
+
 def duration(seconds: float) -> str:
     """Returns 0.0012 as "1.2 ms", 34.2 as "34.2 s" and 750 as "12.5 min"."""
     if seconds < 1:

@@ -128,6 +128,7 @@ def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
         "robust_withheld_because": at.robust.reason if at.robust.withheld else "",
         "flags": list(row.flags),
         "file_bytes": row.file_bytes.value,
+        "multiply_adds": row.multiply_adds.value,
         "latency_batch1_seconds": row.latency_1.value,
         "latency_batch32_seconds": row.latency_32.value,
         "bytes_per_round": row.bytes_per_round.value,

@@ -195,11 +195,13 @@ def cost_table(rows: Sequence[Row]) -> Html:
     for row in rows:
         latencies = [_latency_cell(estimate, notes) for estimate in (row.latency_1, row.latency_32)]
         size = amount_cell(row.file_bytes, numbers.byte_size, notes)
-        body.append(tag("tr", tag("th", row.title, scope="row"), size, *latencies))
+        counted = amount_cell(row.multiply_adds, numbers.count, notes)
+        body.append(tag("tr", tag("th", row.title, scope="row"), size, counted, *latencies))
     caption = (
-        "The exported file, and its median latency with quartiles in ONNX Runtime on the machine that measured it."
+        "The exported file, the multiply-adds of its convolutions and linear layers for one image, and its median "
+        "latency with quartiles in ONNX Runtime on the machine that measured it."
     )
-    return table(caption, [header(["Configuration", "file", "1 image", "32 images"])], body, notes)
+    return table(caption, [header(["Configuration", "file", "multiply-adds", "1 image", "32 images"])], body, notes)
 
 
 def _latency_cell(estimate: Estimate, notes: Notes) -> Html:

@@ -11,7 +11,7 @@ from trilemma.compression.packing import pack
 from trilemma.compression.pruning import sparsity
 from trilemma.compression.step import Looks, Material
 from trilemma.compression.synthetic import synthetic_images
-from trilemma.data.records import Dataset, Records
+from trilemma.data.records import Dataset
 from trilemma.data.specs import Phantom
 from trilemma.errors import UserError
 from trilemma.federation.public import refuse_other_form, refuse_shared
@@ -40,10 +40,14 @@ def compress_job(place: Workplace, cell: Cell, claimed: Guarantee) -> ArtefactRo
     spec = cell.training.spec
     dataset = place.dataset(spec.data)
     classifier = place.trained(spec, cell.training.key).cpu()
-    twin = _applied(cell, classifier, material(place, classifier, dataset, spec.seed)).eval()
     private = cell.compression.private_data
     guarantee = claimed.voided(private) if private and not claimed.void else claimed
-    model = export_onnx(twin, dataset.channels, dataset.image_size, shipped_with(cell.key, guarantee))
+    try:
+        twin = cell.compression.apply(classifier, material(place, classifier, dataset, spec.seed)).eval()
+        model = export_onnx(twin, dataset.channels, dataset.image_size, shipped_with(cell.key, guarantee))
+    except ValueError as error:
+        where = f"compressions, {cell.compression.label}"
+        raise UserError(where, str(error), "Change this compression, or leave it out") from error
     zeros = sparsity(twin)
     if zeros >= SPARSE:
         model = pack(model)
@@ -58,15 +62,6 @@ def compress_job(place: Workplace, cell: Cell, claimed: Guarantee) -> ArtefactRo
         guarantee=guarantee,
         seconds=time.perf_counter() - started,
     )
-
-
-def _applied(cell: Cell, classifier: Classifier, at_hand: Material) -> Classifier:
-    try:
-        return cell.compression.apply(classifier, at_hand)
-    except ValueError as error:
-        raise UserError(
-            f"compressions, {cell.compression.label}", str(error), "Change this compression, or leave it out"
-        ) from error
 
 
 def shipped_with(key: str, guarantee: Guarantee) -> dict[str, str]:
@@ -90,7 +85,9 @@ def material(place: Workplace, teacher: Classifier, dataset: Dataset, seed: int)
         if looks.source == "synthetic":
             return synthetic_images(teacher, looks.count, shape, generator(seed, "synthetic"))
         if looks.data is not None:
-            records = public_images(place, dataset, looks)
+            public = looks.data.load(place.roots)
+            refuse_unfit(dataset, public)  # again: a guarantee rests on it
+            records = public.train
         elif looks.source in ("public", "phantom"):
             phantoms = Phantom(size=max(dataset.image_size, 16), train=max(looks.count, 16)).load(place.roots)
             x_NCHW = adaptive_avg_pool2d(phantoms.train.x(slice(0, looks.count)), dataset.image_size)
@@ -103,14 +100,15 @@ def material(place: Workplace, teacher: Classifier, dataset: Dataset, seed: int)
     return Material(teacher, images, shape, seed)
 
 
-def public_images(place: Workplace, dataset: Dataset, looks: Looks) -> Records:
-    """Returns the training split of the public images that a compression names.
+def refuse_unfit(dataset: Dataset, public: Dataset) -> None:
+    """Refuses images that a compression takes for public and that are of another form or not public at all.
+
+    Args:
+        dataset: The study's own images.
+        public: Those that the compression names; it looks at their training split.
 
     Raises:
-        UserError: If they are of another form, or some are the study's own.
+        UserError: If sizes or channels differ, or an image is one of the study's own.
     """
-    assert looks.data is not None
-    public = looks.data.load(place.roots)
     refuse_other_form("compressions.data", dataset, public)
     refuse_shared("compressions.data", dataset, public, "training", public.train)
-    return public.train

@@ -11,6 +11,7 @@ from trilemma.attacks.evasion.attack import Attack
 from trilemma.attacks.evasion.specs import AutoAttack, EvasionSpec
 from trilemma.attacks.evasion.types import Access
 from trilemma.attacks.poisoning.triggers import triggered
+from trilemma.compression.multiply_adds import multiply_adds
 from trilemma.data.images import png_bytes
 from trilemma.data.records import Dataset, Records
 from trilemma.evaluation.backdoors import backdoor_measurements
@@ -186,11 +187,13 @@ def _trigger_example(
 
 
 def cost_job(place: Workplace, cell: Cell, spec: Cost) -> EvaluationRow:
-    """Measures the file's size and the session's latency; nothing else may run beside it."""
+    """Measures the file's size, its multiply-adds and its latency; nothing else may run beside it."""
     place.enter()
     started = time.perf_counter()
-    path = place.files.model(cell.key)
-    measurements = cost_measurements(open_model(path, threads=1), path.stat().st_size, spec.repeats)
+    path, twin = place.files.model(cell.key), place.twin(cell)
+    session = open_model(path, threads=1)
+    counted = multiply_adds(twin, session.image_shape)
+    measurements = cost_measurements(session, path.stat().st_size, counted, spec.repeats)
     return _row(place, cell, spec, (), started, measurements, [])
 
 

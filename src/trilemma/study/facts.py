@@ -17,6 +17,7 @@ from trilemma.federation.training import prepare
 from trilemma.results import DataFacts
 from trilemma.robustness.specs import AdversarialTraining
 from trilemma.spec import content_key
+from trilemma.study.compress_job import refuse_unfit as refuse_unfit_for_compression
 from trilemma.study.plan import Cell, Plan, Training
 from trilemma.study.store import Store
 from trilemma.study.workplace import Workplace
@@ -60,6 +61,10 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
     )
     for data, public, looked_at in uses:
         refuse_unfit(place.dataset(data), public.load(place.roots), looked_at)
+    for data, public in dict.fromkeys(
+        (cell.training.spec.data, public) for cell in plan.cells for public in _seen(cell)
+    ):
+        refuse_unfit_for_compression(place.dataset(data), public.load(place.roots))
     rooted = {(t.spec.data, rule): t.spec for t in plan.trainings if (rule := root_spec(t.spec)) and rule.data}
     for (data, rule), spec in rooted.items():
         root_images(spec, place.dataset(data), rule.data.load(place.roots) if rule.data else None)
@@ -96,7 +101,7 @@ def _refuse_calibration_on_measured(cell: Cell) -> None:
     chosen = {looks.source for looks in cell.compression.looks}
     if "val" in chosen and cell.training.spec.data.evaluate_on == "val":
         raise UserError(
-            "compressions.calibration",
+            f"compressions, {cell.compression.label}",
             "'val' chooses numbers of the model on the very images that evaluate_on = 'val' measures",
             "Use 'public' or 'train' images, or measure on the test images",
         )
@@ -111,7 +116,14 @@ def public_data(plan: Plan) -> dict[DataSpec, str]:
         rule = root_spec(spec)
         if rule is not None and rule.data is not None:
             purposes.setdefault(rule.data, []).append("for the server's own update")
+    for data in (data for cell in plan.cells for data in _seen(cell)):
+        purposes.setdefault(data, []).append("for compression")
     return {data: " and ".join(dict.fromkeys(named)) for data, named in purposes.items()}
+
+
+def _seen(cell: Cell) -> list[DataSpec]:
+    """Returns the public images that a compression names."""
+    return [looks.data for looks in cell.compression.looks if looks.data is not None]
 
 
 def facts_key(training: Training) -> str:

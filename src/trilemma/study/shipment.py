@@ -17,6 +17,7 @@ from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.attack import Attack
 from trilemma.compression.session import Session
 from trilemma.compression.shipping import preprocessing_in_words, properties_of, ship_onnx
+from trilemma.compression.specs import CompressionSpec
 from trilemma.compression.trial import tried
 from trilemma.data.specs import Folder, Manifest, Pneumonia
 from trilemma.errors import Failure, UserError
@@ -36,6 +37,7 @@ from trilemma.study.specs import Study
 from trilemma.study.store import Store
 
 _EVALUATION: TypeAdapter[EvaluationSpec] = TypeAdapter(EvaluationSpec)
+_COMPRESSION: TypeAdapter[CompressionSpec] = TypeAdapter(CompressionSpec)
 
 #: Fields of a training that are told in words.
 _TOLD = (
@@ -48,10 +50,15 @@ _KEY = re.compile(r"[A-Za-z0-9]+:[A-Za-z0-9]+")
 
 
 class _Known(NamedTuple):
-    """An artefact's training and the stored studies that ask for it."""
+    """An artefact as a cell, and the stored studies that ask for it."""
 
-    training: Training
+    cell: Cell
     cells: tuple[tuple[Plan, Cell], ...]
+
+    @property
+    def training(self) -> Training:
+        """Returns where the artefact comes from."""
+        return self.cell.training
 
 
 def shipment(store: Store, row: ArtefactRow) -> tuple[Shipment, bytes]:
@@ -78,7 +85,8 @@ def shipment(store: Store, row: ArtefactRow) -> tuple[Shipment, bytes]:
     about = Shipment(
         results=_results(store, row, known, rows, facts[0] if facts else None),
         settings={field: label for field in _TOLD if (label := _label(getattr(spec, field)))},
-        compression={name: value for name, value in row.compression.items() if name != "label"},
+        compression=_without_label(row.compression),
+        looks=known.cell.compression.looks,
         studies=tuple(plan.study.name for plan, _ in known.cells),
         split=spec.data.evaluate_on,
         from_files=isinstance(spec.data, (Folder, Manifest, Pneumonia)),
@@ -99,13 +107,17 @@ def _known(store: Store, row: ArtefactRow) -> _Known:
         raise Failure(f"artefact {row.key}", f"its training {row.run_key} is not in the store", _ANOTHER)
     cells = [(plan, cell) for plan in _plans(store) for cell in plan.cells if cell.key == row.key]
     if cells:
-        return _Known(cells[0][1].training, tuple(cells))
+        return _Known(cells[0][1], tuple(cells))
     try:
         spec = TrainSpec.model_validate_json(json.dumps(run.spec))
     except ValidationError as error:
         raise _unknown(f"training {run.key}", error) from error
+    try:
+        compression = _COMPRESSION.validate_json(json.dumps(_without_label(row.compression)))
+    except ValidationError as error:
+        raise _unknown(f"compression {row.key}", error) from error
     parts = [_label(spec.privacy), _label(spec.defence)]
-    return _Known(Training(spec, ", ".join(filter(None, parts)), {}, run.key), ())
+    return _Known(Cell(Training(spec, ", ".join(filter(None, parts)), {}, run.key), compression, row.key), ())
 
 
 def _plans(store: Store) -> Iterable[Plan]:
@@ -147,7 +159,7 @@ def _results(
     assert run is not None  # `_known` has read it
     label = str(row.compression["label"])
     study = known.cells[0][0].study if known.cells else None
-    alone = Plan(study or Study(name="none", question="none"), (training,), (), ())
+    alone = Plan(study or Study(name="none", question="none"), (training,), (known.cell,), ())
     public = [store.facts(public_key(data)) for data in public_data(alone)]
     return Results(
         name=study.name if study else "",
@@ -178,9 +190,8 @@ def _evaluated(known: _Known, rows: Sequence[EvaluationRow]) -> list[Evaluated]:
 
 
 def _found(row: EvaluationRow) -> Found:
-    raw = {name: value for name, value in row.spec.items() if name != "label"}
     try:
-        spec = _EVALUATION.validate_json(json.dumps(raw))
+        spec = _EVALUATION.validate_json(json.dumps(_without_label(row.spec)))
     except ValidationError as error:  # leaving it out might leave out why another number is withheld
         raise _unknown(f"evaluation {row.key}", error) from error
     label = str(row.spec["label"]) if isinstance(spec, Attack) else spec.label
@@ -209,6 +220,10 @@ def _diagnosed(
         keys = asked.get(budget) or there.get(budget) or {"": None}
         pairs += [(budget, rows.get(key)) for key in keys]
     return pairs
+
+
+def _without_label(spec: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in spec.items() if name != "label"}
 
 
 def _is_worst(found: Found) -> bool:

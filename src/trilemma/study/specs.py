@@ -39,6 +39,13 @@ class Study(Spec):
             values = getattr(self, field)
             if len(set(map(repr, values))) < len(values):
                 raise ValueError(f"{field} names the same thing twice")
+        called = [compression.label for compression in self.compressions]
+        for label in called:
+            if called.count(label) > 1:
+                raise ValueError(
+                    f"two compressions are called “{label}”, and a report could not tell them apart: leave one of them "
+                    "out, or change what its name holds"
+                )
         labels = [evaluation.label for evaluation in self.evaluations if evaluation.kind != "diagnostics"]
         for label in labels:
             if labels.count(label) > 1:
