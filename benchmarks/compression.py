@@ -137,7 +137,7 @@ def family(network: str, norm: str, setting: Setting, dataset: Dataset, cache: P
     classifier = trained(training(setting, model), dataset, cache)
     for label, compression in {**SIMPLE, **(MORE if norm == "weight" else {})}.items():
         try:
-            yield f"{label}-{NORMS[norm]}", shipped(classifier, compression, shape)
+            yield f"{label}-{NORMS[norm]}", shipped(classifier, compression, shape, dataset.train)
         except ValueError as error:
             say(f"{label}-{NORMS[norm]}/{network} is skipped: {error}")
     for label, prepared in PREPARED.items() if norm == "weight" else ():
