@@ -15,12 +15,14 @@ from trilemma.study.provenance import provenance
 
 
 class Row(NamedTuple):
-    """One figure of a benchmark: name, metric, value, unit."""
+    """One figure of a benchmark: name, metric, value, unit; where it has them, ends of an interval or quartiles."""
 
     name: str
     metric: str
     value: float
     unit: str
+    low: float | None = None
+    high: float | None = None
 
 
 def interleaved_seconds(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -52,14 +54,26 @@ def main(benchmark: str, measure: Callable[[], list[Row]]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure()
-    if arguments.json:
+    show(benchmark, measure(), arguments.json)
+
+
+def show(benchmark: str, rows: list[Row], as_json: bool) -> None:
+    """Prints rows as a table or as one JSON object."""
+    if as_json:
         machine = provenance(torch.device("cpu"))
         print(json.dumps({"benchmark": benchmark, "machine": machine, "rows": [row._asdict() for row in rows]}))
         return
     table = Table(title=benchmark)
-    for name in Row._fields:
+    for name in ("name", "metric", "value", "unit"):
         table.add_column(name, justify="right" if name == "value" else "left")
     for row in rows:
-        table.add_row(row.name, row.metric, f"{row.value:.4g}", row.unit)
-    Console().print(table)
+        span = "" if row.low is None or row.high is None else f" ({row.low:.4g} to {row.high:.4g})"
+        table.add_row(row.name, row.metric, f"{row.value:.4g}{span}", row.unit)
+    print_wide(table)
+
+
+def print_wide(table: Table) -> None:
+    """Prints a table at its width, also where no terminal reads it."""
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)

@@ -108,6 +108,10 @@ def test_the_residual_networks_of_a_study():
     assert sources["stage2.0.conv1"] == sources["stage2.0.shortcut.0"] == "stage1.1.activation2"
 
 
+def test_what_a_norm_makes_of_numbers_is_no_sum():
+    assert flow_of(Resnet9(width=4, norm="group").make(1, 16, 2, 0).eval()) == (set(), set(), {})
+
+
 def test_the_flow_leaves_the_network_alone():
     classifier = Resnet18(width=4, norm="batch").make(1, 16, 2, 0).eval()
     before = copy.deepcopy(classifier.state_dict())
