@@ -64,7 +64,9 @@ class Distillation(Step):
         }
         fields = type(self).model_fields
         return [
-            text.format(getattr(self, name)) for name, text in words.items() if getattr(self, name) != fields[name].default
+            text.format(getattr(self, name))
+            for name, text in words.items()
+            if getattr(self, name) != fields[name].default
         ]
 
     @property
@@ -97,7 +99,9 @@ class Distillation(Step):
             temperature=self.temperature,
             seed=material.seed,
         )
-        return plain_copy(taught)  # a new student trains with standardised weights where it has them, and is folded here
+        return plain_copy(
+            taught
+        )  # a new student trains with standardised weights where it has them, and is folded here
 
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network of the student's layers."""
