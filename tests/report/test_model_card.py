@@ -53,7 +53,8 @@ def test_every_part_that_a_reader_looks_for():
     for said in (
         "NOT a medical device", "research", "s1:", "| accuracy | 78.6 % (75.4 to 81.8) | 624 |", "| hospital 2 |",
         "| worst honest hospital |", "| PGD-20 Linf | 4/255 |", "none was seen", "exp(7.96)", "Not covered",
-        "1234567 bytes", "A fine CPU", "| multiply-adds for 1 image | 4.32 million |", "| time with preprocessing | not measured |", "0.0012", "256 images: public",
+        "1234567 bytes", "A fine CPU", "| multiply-adds for 1 image | 4.32 million |",
+        "| time with preprocessing | not measured |", "0.0012", "256 images: public",
     ):  # fmt: skip
         assert said in text.replace("\xa0", " "), said
     card = json.loads(card_json(about))

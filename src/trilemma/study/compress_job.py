@@ -11,7 +11,7 @@ from trilemma.compression.packing import pack
 from trilemma.compression.pruning import sparsity
 from trilemma.compression.step import Looks, Material
 from trilemma.compression.synthetic import synthetic_images
-from trilemma.data.records import Dataset, Records
+from trilemma.data.records import Dataset
 from trilemma.data.specs import Phantom
 from trilemma.errors import UserError
 from trilemma.federation.public import refuse_other_form, refuse_shared
