@@ -62,12 +62,8 @@ class Distillation(Step):
             "batch_size": "batches of {}",
             "temperature": "temperature {:g}",
         }
-        fields = type(self).model_fields
-        return [
-            text.format(getattr(self, name))
-            for name, text in words.items()
-            if getattr(self, name) != fields[name].default
-        ]
+        usual = {name: type(self).model_fields[name].default for name in words}
+        return [words[name].format(getattr(self, name)) for name in words if getattr(self, name) != usual[name]]
 
     @property
     def looks(self) -> tuple[Looks, ...]:
@@ -99,9 +95,7 @@ class Distillation(Step):
             temperature=self.temperature,
             seed=material.seed,
         )
-        return plain_copy(
-            taught
-        )  # a new student trains with standardised weights where it has them, and is folded here
+        return plain_copy(taught)  # a new student with standardised weights trains with them and is folded here
 
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network of the student's layers."""

@@ -5,10 +5,12 @@ its weights alone are stored in few bits, and the logits compared. Layers then g
 buys, until the budget is spent.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
-from trilemma.compression.stored_weights import Bits, store, store_weights
+from trilemma.compression.stored_weights import Bits, store
 from trilemma.models.classifier import Classifier
 
 #: What a layer may be given.
@@ -39,8 +41,8 @@ def bits_by_sensitivity(
     spent = sum(sizes[name][bits] for name, bits in chosen.items())
     if spent > budget_bytes:
         raise ValueError(f"The fewest bits for every weight take {spent} bytes, and the budget is {budget_bytes}.")
-    exact_NK = _logits(classifier, x_NCHW)
-    harm = {name: _harm(classifier, name, x_NCHW, exact_NK, group_size) for name in names}
+    exact_NK, tried = _logits(classifier, x_NCHW), copy.deepcopy(classifier)
+    harm = {name: _harm(tried, name, x_NCHW, exact_NK, group_size) for name in names}
     while True:
         upgrades = []
         for position, name in enumerate(names):
@@ -59,12 +61,15 @@ def _sizes(weight: Tensor, group_size: int) -> dict[Bits, int]:
     return {bits: store(weight, bits, group_size if bits == 4 else None).num_bytes for bits in CHOICES}
 
 
-def _harm(classifier: Classifier, name: str, x_NCHW: Tensor, exact_NK: Tensor, group_size: int) -> dict[Bits, float]:
-    """Returns the mean squared change of the logits when one weight is stored in few bits."""
-    found: dict[Bits, float] = {}
+@torch.no_grad()
+def _harm(tried: Classifier, name: str, x_NCHW: Tensor, exact_NK: Tensor, group_size: int) -> dict[Bits, float]:
+    """Returns the mean squared change of the logits when one weight is stored in few bits; puts the weight back."""
+    weight, found = tried.get_parameter(name), {}
+    exact = weight.clone()
     for bits in CHOICES:
-        logits_NK = _logits(store_weights(classifier, {name: bits}, group_size), x_NCHW)
-        found[bits] = float((logits_NK - exact_NK).double().square().mean())
+        weight.copy_(store(exact, bits, group_size if bits == 4 else None).weight())
+        found[bits] = float((_logits(tried, x_NCHW) - exact_NK).double().square().mean())
+    weight.copy_(exact)
     return found
 
 

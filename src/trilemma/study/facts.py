@@ -61,9 +61,8 @@ def prepare_all(plan: Plan, place: Workplace) -> None:
     )
     for data, public, looked_at in uses:
         refuse_unfit(place.dataset(data), public.load(place.roots), looked_at)
-    for data, public in dict.fromkeys(
-        (cell.training.spec.data, public) for cell in plan.cells for public in _seen(cell)
-    ):
+    seen = dict.fromkeys((cell.training.spec.data, public) for cell in plan.cells for public in _seen(cell))
+    for data, public in seen:
         refuse_unfit_for_compression(place.dataset(data), public.load(place.roots))
     rooted = {(t.spec.data, rule): t.spec for t in plan.trainings if (rule := root_spec(t.spec)) and rule.data}
     for (data, rule), spec in rooted.items():
