@@ -71,6 +71,12 @@ def test_percentiles_are_numpys_within_a_bin(seed, shape, percentile):
     assert (raw < inner.low).sum() <= spare and (raw > inner.high).sum() <= spare
 
 
+def test_a_tail_may_be_cut_off_as_a_whole():
+    x = torch.arange(128.0).reshape(2, 1, 8, 8)
+    found = ranges(x, "percentile", 75)  # 32 of 128 values: 0 to 31 below, 96 to 127 above
+    assert 31 < found.low <= 32 and 95 <= found.high < 96
+
+
 def error(raw, tried):
     """The mean squared error of 256 levels on the values themselves."""
     scale, zero = grid_of(tried)

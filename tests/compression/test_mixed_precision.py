@@ -66,8 +66,11 @@ def test_more_budget_is_never_exceeded_and_never_does_more_harm(net, x):
     assert harm(net, last, x) < 0.01 * harm(net, first, x), "together too, and not only one by one"
 
 
-def test_the_first_upgrade_is_what_a_byte_buys_most_of(net, x):
-    names = weight_names(net)
+def test_the_first_upgrade_is_what_a_byte_buys_most_of():
+    with global_seed(0, "two layers"):
+        module = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    net = Classifier(module, 2).eval()
+    x, names = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), weight_names(net)
     size, least = bytes_of(net, CHOICES), sum(bytes_of(net, [4]).values())
     alone = {(name, bits): harm(net, {name: bits}, x) for name in names for bits in CHOICES}
     gains = {
@@ -76,8 +79,12 @@ def test_the_first_upgrade_is_what_a_byte_buys_most_of(net, x):
         for bits in (8, 16)
     }
     name, bits = max(gains, key=gains.__getitem__)
+    assert alone["module.1.weight", 4] > alone["module.3.weight", 4] and name == "module.3.weight"
     chosen = bits_by_sensitivity(net, names, x, least + size[name, bits] - size[name, 4], GROUP)
     assert chosen == dict.fromkeys(names, 4) | {name: bits}
+    # The other does more harm, and would fit: but no longer beside what a byte buys more of.
+    enough = least + size["module.1.weight", 8] - size["module.1.weight", 4]
+    assert bits_by_sensitivity(net, names, x, enough, GROUP)["module.1.weight"] == 4
 
 
 def test_a_layer_that_matters_gets_its_bits_first():
