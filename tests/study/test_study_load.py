@@ -54,7 +54,17 @@ MISTAKES = [
     (["base.model=resnet9"], "base.model", ["must be a table", "kind ="]),
     (['grid.defence=[{kind="none"},{kind="fgms"}]'], "grid.defence[1]", ["'none', 'fgsm', 'pgd'"]),
     (['baselines=[{algorithm={kind="centralized"}}]'], "baselines[0].algorithm", ["'centralised'"]),
-    (['compressions=[{kind="int4"}]'], "compressions[0]", ["'none', 'prune', 'int8'"]),
+    (['compressions=[{kind="int2"}]'], "compressions[0]", ["'none', 'prune', 'n_of_m'", "'int8', 'int4'"]),
+    (
+        ['compressions=[{kind="chain",steps=[{kind="int8"},{kind="prune"}]}]'],
+        "compressions[0]",
+        ["'int8' leaves no network of floats to the steps after it; put it last"],
+    ),
+    (
+        ['compressions=[{kind="chain",steps=[{kind="prune"},{kind="none"}]}]'],
+        "compressions[0].steps[1]",
+        ["'prune', 'n_of_m', 'channels'"],
+    ),
     # missing
     (['base.privacy={kind="dp_sgd",epsilon=8}'], "base.privacy.delta", ["missing"]),
     (['evaluations=[{kind="pgd"}]'], "evaluations[0].radii", ["missing"]),
