@@ -15,6 +15,7 @@ from trilemma.data.specs import Phantom
 from trilemma.models.specs import Resnet9
 from trilemma.privacy.guarantee import Guarantee
 from trilemma.study.compress_job import material
+from trilemma.study.files import read_model
 from trilemma.study.store import Store
 from trilemma.study.workplace import Workplace
 
@@ -110,10 +111,10 @@ def test_standardised_weights_carry_a_guarantee_and_their_twins_are_their_files(
     assert [row.guarantee.epsilon is not None and not row.guarantee.void for row in rows] == [True] * 3
     assert rows[0].sparsity == 0 and rows[1].sparsity == pytest.approx(0.75, abs=1e-3)
     for cell in plan.cells:
-        file = store.files.model(cell.key)
+        model = read_model(store.files.model(cell.key))
         with torch.no_grad():
             twin_BK = place.twin(cell)(x_BCHW)
         tolerance = 0.05 if cell.compression.kind == "int8" else 1e-5
-        assert (Session(file.read_bytes()).predict(x_BCHW) - twin_BK).abs().max() < tolerance
-        kinds = {node.op_type for node in onnx.load(file).graph.node}
+        assert (Session(model).predict(x_BCHW) - twin_BK).abs().max() < tolerance
+        kinds = {node.op_type for node in onnx.load_from_string(model).graph.node}
         assert "Conv" in kinds and not kinds & {"InstanceNormalization", "ReduceSum", "Sqrt", "Not"}
