@@ -79,7 +79,7 @@ QUICK = Plan(QUICK_SETTINGS, (), (3, 3), 16, ("resnet9",))
 
 
 class Wanted(NamedTuple):
-    """What the issue asks: a metric of rows whose name starts and ends so, and its bound."""
+    """What is aimed at: a metric of rows whose name starts and ends so, and its bound."""
 
     said: str
     start: str

@@ -1,5 +1,7 @@
 """Training of the rounded network: it is what ships, gradients pass straight through, and nothing stays behind."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch import nn
 from helpers.tiny_federation import DP, equal_states, tiny_dataset, tiny_federation, trained_state
 from trilemma.compression.calibration import grid_of
 from trilemma.compression.fake_quantisation import quantise
+from trilemma.data.roots import DataRoots
+from trilemma.data.specs import Phantom
 from trilemma.errors import UserError
 from trilemma.federation.local_training import mean_gradient
 from trilemma.federation.quantised_training import phantoms_for, rounded_weight, rounding_of, set_rounded
@@ -17,7 +21,6 @@ from trilemma.models.vector import get_params
 from trilemma.models.weight_standardisation import WeightStandardisedConv2d
 from trilemma.privacy import bookkeeping, clipping
 from trilemma.privacy.clipping_rules import Flat
-from trilemma.robustness.objective import Objective
 from trilemma.robustness.objectives import mean_cross_entropy
 from trilemma.robustness.specs import NoDefence
 
@@ -116,27 +119,23 @@ def constants_of(classifier, x, ranges):
     return shifts
 
 
-class added:  # noqa: N801 - read as a verb
+@contextmanager
+def added(classifier, shifts):
     """Adds constants to layers' inputs and outputs; standardised weights are rounded as in training."""
-
-    def __init__(self, classifier, shifts):
-        self.classifier, self.shifts, self.handles = classifier, shifts, []
-
-    def __enter__(self):
-        for layer in [key for key in self.shifts if not isinstance(key, tuple)]:
-            inside, outside = self.shifts[layer], self.shifts[layer, "out"]
-            if not isinstance(layer, nn.ReLU):
-                self.handles.append(layer.register_forward_pre_hook(lambda _, inputs, c=inside: (inputs[0] + c,)))
-            self.handles.append(layer.register_forward_hook(lambda _, __, output, c=outside: output + c))
-            if isinstance(layer, WeightStandardisedConv2d):
-                layer.weight_rounding = rounded_weight
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
-        for layer in self.classifier.modules():
-            if isinstance(layer, WeightStandardisedConv2d):
-                layer.weight_rounding = None
+    handles, layers = [], [key for key in shifts if not isinstance(key, tuple)]
+    for layer in layers:
+        inside, outside = shifts[layer], shifts[layer, "out"]
+        if not isinstance(layer, nn.ReLU):
+            handles.append(layer.register_forward_pre_hook(lambda _, inputs, c=inside: (inputs[0] + c,)))
+        handles.append(layer.register_forward_hook(lambda _, __, output, c=outside: output + c))
+        if isinstance(layer, WeightStandardisedConv2d):
+            layer.weight_rounding = rounded_weight
+    yield
+    for handle in handles:
+        handle.remove()
+    for layer in layers:
+        if isinstance(layer, WeightStandardisedConv2d):
+            layer.weight_rounding = None
 
 
 @every_norm
@@ -211,10 +210,10 @@ def test_batch_norm_is_refused():
         federation_of("batch")
 
 
-def test_phantoms_are_those_that_int8_is_calibrated_on():
+def test_phantoms_are_those_that_int8_is_calibrated_on(tmp_path):
     """The first of the same drawing, of the data's size and channels."""
-    federation = federation_of()
-    phantoms = phantoms_for(federation.spec, tiny_dataset(size=8))
-    assert phantoms.shape == (16, 1, 8, 8) and 0 <= float(phantoms.min()) < float(phantoms.max()) <= 1
+    found = phantoms_for(federation_of().spec, tiny_dataset(size=16))
+    drawn = Phantom(size=16, train=40).load(DataRoots(tmp_path / "data", tmp_path / "cache")).train.x(slice(0, 16))
+    assert torch.equal(found, drawn)
+    assert phantoms_for(federation_of().spec, tiny_dataset(size=8)).shape == (16, 1, 8, 8)
     assert phantoms_for(tiny_federation().spec, tiny_dataset()) is None
-    assert isinstance(NoDefence().make(0.0), Objective)

@@ -6,7 +6,7 @@ weights is an ordinary network whose weights lie on their grids, so it can be at
 
 import copy
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,8 @@ class StoredWeights(nn.Module):
                 buffers.get(f"{part}_{number}") for part in ("name", "bits", "shape", "levels", "scale")
             )
             assert name is not None and bits is not None and shape is not None and levels is not None
-            whole = Stored(int(bits), levels.cpu(), None if scale is None else scale.cpu(), torch.Size(shape.tolist()))  # pyright: ignore[reportArgumentType] - one of the three
+            kept = None if scale is None else scale.cpu()
+            whole = Stored(cast(Bits, int(bits)), levels.cpu(), kept, torch.Size(shape.tolist()))
             found[bytes(name.tolist()).decode()] = whole
             number += 1
         return found

@@ -2,8 +2,8 @@
 
 The weights that a step computes with are rounded, and the step changes the unrounded ones: with a gradient that passes
 straight through the rounding (Bengio et al., 2013) these are two names of one thing, so every objective, and every
-engine of differential privacy, runs as it is. Activations are rounded where the int8 file rounds them, at the input and
-at the output of each convolution and linear layer.
+engine of differential privacy, runs as it is. Activations are rounded where the int8 file rounds them: at the input and
+at the output of each convolution and linear layer, and behind the ReLUs of residual sums.
 """
 
 from collections.abc import Iterator

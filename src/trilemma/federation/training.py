@@ -68,8 +68,9 @@ def prepare(
     refuse_lone_records(spec, clients, classifier)
     plan = server_plan(spec, len(clients))
     own, phantoms = root_images(spec, dataset, root), phantoms_for(spec, dataset)
-    whole = (spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint, looked_at, own, phantoms)
-    return Federation(*whole)
+    return Federation(
+        spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint, looked_at, own, phantoms
+    )
 
 
 def initial_state(federation: Federation, public: Dataset | None = None) -> TrainingState:

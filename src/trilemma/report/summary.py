@@ -131,15 +131,22 @@ def _plain(row: Row, best: bool, by: Headline) -> dict[str, Any]:
         "multiply_adds": row.multiply_adds.value,
         "latency_batch1_seconds": row.latency_1.value,
         "latency_batch32_seconds": row.latency_32.value,
+        **_sent(row),
+        "training_seconds": row.training_seconds.value,
+        "constant": bool(row.constant),
+        "pareto_optimal": best,
+    }
+
+
+def _sent(row: Row) -> dict[str, float | None]:
+    """Returns what crossed the network."""
+    return {
         "bytes_per_round": row.bytes_per_round.value,
         "bytes_up_by_client_mean": row.traffic.up.mean.value,
         "bytes_up_by_client_largest": row.traffic.up.largest.value,
         "bytes_down_by_client_mean": row.traffic.down.mean.value,
         "bytes_down_by_client_largest": row.traffic.down.largest.value,
         "bytes_in_all": row.traffic.total.value,
-        "training_seconds": row.training_seconds.value,
-        "constant": bool(row.constant),
-        "pareto_optimal": best,
     }
 
 
