@@ -54,7 +54,7 @@ RULES: dict[str, Rule] = {
     "median after nearest neighbours": Median(before=NearestNeighbourMixing(num_byzantine=20)),
 }
 #: Which compare all pairs.
-PAIRWISE = ("krum", "multi_krum", "geometric_median", "bulyan", "median after nearest neighbours")
+PAIRWISE = ("foolsgold", "krum", "multi_krum", "geometric_median", "bulyan", "median after nearest neighbours")
 
 
 def updates() -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from trilemma.federation.aggregation.updates import Updates
+from trilemma.federation.aggregation.updates import Updates, length
 
 #: An update below this share of the server's own length is trusted by nobody.
 SHORTEST = 1e-9
@@ -40,7 +40,7 @@ def centred_clipping(updates: Updates, weights_N: Tensor, start_P: Tensor, radiu
     weights_K, point_P = weights_N.double(), start_P
     for _ in range(steps):
         pulls_K = weights_K * _shortened(updates.norms(point_P), radius)
-        point_P = (1 - float(pulls_K.sum())) * point_P + updates.combined(pulls_K)
+        point_P = updates.combined(pulls_K).add_(point_P, alpha=1 - float(pulls_K.sum()))
     return point_P
 
 
@@ -57,15 +57,13 @@ def fltrust(updates: Updates, root_P: Tensor) -> Tensor:
         updates: The rows.
         root_P: The server's own update, made on images that it holds.
     """
-    length = float(torch.linalg.vector_norm(root_P.double()))
-    norms_K, dots_K = updates.norms(), updates.dots(root_P)
-    scale_K = torch.where(norms_K > 0, length / norms_K, 0.0)
-    told_K = norms_K > SHORTEST * length  # of a shorter one nothing but rounding would be left at that length
+    root = length(root_P)
+    norms_K, dots_K = updates.norms_and_dots(root_P)
+    scale_K = torch.where(norms_K > 0, root / norms_K, 0.0)
+    told_K = norms_K > SHORTEST * root  # of a shorter one nothing but rounding would be left at that length
     scale_K = torch.where(told_K, scale_K, 0.0)
     trust_K = (
-        torch.where(told_K & (norms_K * length > 0), dots_K / (norms_K * length), 0.0)
-        .nan_to_num(nan=0.0)
-        .clamp(0.0, 1.0)
+        torch.where(told_K & (norms_K * root > 0), dots_K / (norms_K * root), 0.0).nan_to_num(nan=0.0).clamp(0.0, 1.0)
     )
     total = float(trust_K.sum())
     return updates.combined(trust_K * scale_K / total if total > 0 else torch.zeros_like(trust_K))

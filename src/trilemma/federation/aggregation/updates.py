@@ -66,31 +66,25 @@ class Updates:
         """
         if origin_P is None:
             return self._lengths(lambda _, block_Kc: block_Kc)
-        squares_K, dots_K = torch.zeros(2, len(self), dtype=torch.float64, device=self.matrix_NP.device)
-        for columns, block_Kc in self.blocks():
-            squares_K += _lengths(block_Kc).square()
-            dots_K += (block_Kc @ origin_P[columns]).double()
-        lengths_K = squares_K + torch.linalg.vector_norm(origin_P.double()).square()
+        norms_K, dots_K = self._norms_and_dots(origin_P)
+        lengths_K = norms_K.square() + length(origin_P) ** 2
         distances_K = lengths_K - 2 * dots_K
         doubtful_K = ~distances_K.isfinite() | (distances_K < TOO_CLOSE * lengths_K) | (lengths_K < _SMALL**2)
         if bool(doubtful_K.any()):
             return self._lengths(lambda columns, block_Kc: block_Kc - origin_P[columns])
         return distances_K.sqrt()
 
-    def dots(self, point_P: Tensor) -> Tensor:
-        """Returns the inner products of the rows with a point, (K,) in double precision: one pass.
+    def norms_and_dots(self, point_P: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the lengths of the rows and their inner products with a point, (K,) in double precision: one pass.
 
-        A second one, in double precision throughout, where a product overflows.
+        A second one for the products, in double precision throughout, where one overflows.
         """
-        dots_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
-        for columns, block_Kc in self.blocks():
-            dots_K += (block_Kc @ point_P[columns]).double()
-        if bool(dots_K.isfinite().all()):
-            return dots_K
-        dots_K = torch.zeros_like(dots_K)
-        for columns, block_Kc in self.blocks():
-            dots_K += block_Kc.double() @ point_P[columns].double()
-        return dots_K
+        norms_K, dots_K = self._norms_and_dots(point_P)
+        if not bool(dots_K.isfinite().all()):
+            dots_K = torch.zeros_like(dots_K)
+            for columns, block_Kc in self.blocks():
+                dots_K += block_Kc.double() @ point_P[columns].double()
+        return norms_K, dots_K
 
     def combined(self, weights_K: Tensor) -> Tensor:
         """Returns the sum of the rows times some weights, (P,): one pass."""
@@ -109,6 +103,13 @@ class Updates:
         """Returns some coordinates of all rows, (K, C)."""
         block_NC = self.matrix_NP[:, index_C]
         return block_NC if self.mix_KN is None else self.mix_KN.to(block_NC) @ block_NC
+
+    def _norms_and_dots(self, point_P: Tensor) -> tuple[Tensor, Tensor]:
+        squares_K, dots_K = torch.zeros(2, len(self), dtype=torch.float64, device=self.matrix_NP.device)
+        for columns, block_Kc in self.blocks():
+            squares_K += _lengths(block_Kc).square()
+            dots_K += (block_Kc @ point_P[columns]).double()
+        return squares_K.sqrt(), dots_K
 
     def _lengths(self, of_block: Callable[[slice, Tensor], Tensor]) -> Tensor:
         squares_K = torch.zeros(len(self), dtype=torch.float64, device=self.matrix_NP.device)
@@ -135,6 +136,12 @@ class Updates:
             columns = slice(start, start + width)
             block_Nc = self.matrix_NP[:, columns]
             yield columns, block_Nc if self.mix_KN is None else self.mix_KN.to(block_Nc) @ block_Nc
+
+
+def length(point_P: Tensor) -> float:
+    """Returns the length of one vector, in double precision, without a copy of it in that."""
+    blocks = (_lengths(block_P[None]) for block_P in point_P.split(AT_A_TIME))
+    return float(torch.cat([*blocks]).norm())
 
 
 def _distances(products_KK: Tensor) -> tuple[Tensor, Tensor]:
