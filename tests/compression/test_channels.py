@@ -126,6 +126,38 @@ def test_the_small_network_is_the_whole_one_without_what_left(spec, share):
             assert layer.num_features == len(layer.weight) == len(layer.running_mean)
 
 
+@pytest.mark.parametrize("multiple", [2, 4, 8])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_multiple_of_the_channels_stays_wherever_two_did(spec, multiple):
+    shape = (1, 32, 32) if spec.kind == "monai" else IMAGE
+    classifier = marked(spec.make(1, shape[1], 3, 0))
+    small = prune_channels(classifier, 0.6, shape, multiple)
+    assert multiply_adds(small, shape) <= 0.6 * multiply_adds(classifier, shape)
+    kept = kept_by_layer(classifier, small)
+    x = images(shape=shape)
+    assert_close(logits(small, x), logits(without(classifier, kept), x))
+    spaces, whole, changed = channel_spaces(classifier, shape), 0, 0
+    for name, (_, written) in spaces.layers.items():
+        space, left = spaces.spaces[written], len(dict(small.named_modules())[name].weight)
+        step = math.lcm(space.unit, multiple)
+        if space.size % step == 0 and space.size >= 2 * step:
+            assert left % step == 0
+            whole, changed = whole + 1, changed + (left < space.size)
+    assert changed or not whole
+
+
+@pytest.mark.parametrize("weak", [[1, 4, 6, 15], [0, 7, 8, 13]])
+def test_those_that_leave_together_are_the_least_important_wherever_they_stand(weak):
+    first, second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+    with torch.no_grad():
+        first.weight[weak] *= 0.01
+    net = nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    classifier = marked(Classifier(net, 2))
+    layers = [name for name, layer in classifier.named_modules() if isinstance(layer, nn.Conv2d)]
+    together = kept_by_layer(classifier, prune_channels(classifier, 0.76, IMAGE, 4))
+    assert together[layers[0]] == [place for place in range(16) if place not in weak]
+
+
 def test_a_network_with_gates_is_pruned_too():
     spec = Monai(network="SENet", arguments=SENET)
     classifier = marked(spec.make(1, 32, 2, 0))

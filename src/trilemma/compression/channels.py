@@ -6,8 +6,9 @@ through: the fewer filters a layer has left, the more each is worth. Nothing but
 """
 
 import copy
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
@@ -19,21 +20,25 @@ from trilemma.models.classifier import Classifier
 _TOLERANCE = 1e-3
 
 
-def prune_channels(classifier: Classifier, keep_multiply_adds: float, image_shape: tuple[int, int, int]) -> Classifier:
+def prune_channels(
+    classifier: Classifier, keep_multiply_adds: float, image_shape: tuple[int, int, int], multiple: int = 1
+) -> Classifier:
     """Returns a copy with fewer channels, whose layers have the names that they had.
 
     It computes exactly what the network would if the filters, biases, affine parameters and readers' columns of the
     channels that left were zero. The unit is a channel, or as many as hold whole groups of every group normalisation
-    that looks at them (see `channel_spaces`), so the statistics of the groups that stay are what they were. One by
-    one the unit leaves whose importance per saved multiply-add is the least: the sum, over the layers that write it,
-    of its filters' share of the layer's remaining squared L2 norm. The last to leave is, of all that would do, the
-    one that saves the least; then what still fits comes back, the last to leave first, so no single unit more could
-    have stayed. At least one unit of each space stays, and all image channels and logits.
+    that looks at them (see `channel_spaces`), so the statistics of the groups that stay are what they were; with a
+    `multiple`, so many of similar importance that what stays is a multiple of it. One by one the unit leaves whose
+    importance per saved multiply-add is the least: the sum, over the layers that write it, of its filters' share of
+    the layer's remaining squared L2 norm. The last to leave is, of all that would do, the one that saves the least;
+    then what still fits comes back, the last to leave first, so no single unit more could have stayed. At least one
+    unit of each space stays, and all image channels and logits.
 
     Args:
         classifier: The network; unchanged.
         keep_multiply_adds: Largest share of the multiply-adds that may be left, in (0, 1]; 1 gives an equal network.
         image_shape: C, H and W of an image.
+        multiple: At least 1: the channels of a place stay a multiple of it, where they are twice it or more.
 
     Raises:
         ValueError: For a share outside (0, 1], one that cannot be reached, or a network that cannot be traced.
@@ -43,7 +48,8 @@ def prune_channels(classifier: Classifier, keep_multiply_adds: float, image_shap
     spaces = channel_spaces(classifier, image_shape)
     layers = dict(classifier.named_modules())
     counts = multiply_adds_by_layer(classifier, image_shape)
-    choice = _Choice(spaces, [_energies(spaces, layers, space) for space in range(len(spaces.spaces))], counts)
+    units = [_units(spaces, layers, space, multiple) for space in range(len(spaces.spaces))]
+    choice = _Choice(spaces, units, counts)
     at_most = keep_multiply_adds * sum(counts.values())
     while choice.total() > at_most:
         if not choice.remove(at_most):
@@ -86,19 +92,31 @@ def shrunken(classifier: Classifier, shapes: Mapping[str, Size]) -> Classifier:
     return small
 
 
+class _Units(NamedTuple):
+    """The units of one space.
+
+    Attributes:
+        channels_UC: Places of the channels of each.
+        energies_LU: Squared L2 norms of their filters in every layer that writes the space, float64.
+    """
+
+    channels_UC: Tensor
+    energies_LU: Tensor
+
+
 class _Choice:
     """Which units of each space stay, and what the network then costs.
 
     Args:
         spaces: What shares channels.
-        energies: For each space the squared norms (layers, units) of what writes it.
+        units: Of each space.
         counts: Multiply-adds of every layer, with all channels.
     """
 
-    def __init__(self, spaces: ChannelSpaces, energies: list[Tensor], counts: dict[str, int]):
+    def __init__(self, spaces: ChannelSpaces, units: list[_Units], counts: dict[str, int]):
         self._spaces = spaces.spaces
-        self._energies = energies
-        self._kept = [torch.ones(space.size // space.unit, dtype=torch.bool) for space in spaces.spaces]
+        self._units = units
+        self._kept = [torch.ones(len(own.channels_UC), dtype=torch.bool) for own in units]
         self._width = [space.size for space in spaces.spaces]
         self._fixed = sum(count for name, count in counts.items() if name not in spaces.layers)
         #: Space read, space written, multiply-adds of one pair of channels.
@@ -115,7 +133,7 @@ class _Choice:
 
     def channels(self, space: int) -> Tensor:
         """Returns the places of the channels of a space that stay, in ascending order."""
-        return self._kept[space].repeat_interleave(self._spaces[space].unit).nonzero().squeeze(1)
+        return self._units[space].channels_UC[self._kept[space]].flatten().sort().values
 
     def remove(self, at_most: float) -> bool:
         """Takes out the unit of the least importance per saved multiply-add; False where every space is at its end.
@@ -144,7 +162,10 @@ class _Choice:
 
     def _put(self, space: int, unit: int, stays: bool) -> None:
         self._kept[space][unit] = stays
-        self._width[space] += self._spaces[space].unit if stays else -self._spaces[space].unit
+        self._width[space] += self._step(space) if stays else -self._step(space)
+
+    def _step(self, space: int) -> int:
+        return self._units[space].channels_UC.shape[1]
 
     def _cost(self, pairs: list[tuple[int, int, int]]) -> int:
         return sum(self._width[read] * self._width[written] * count for read, written, count in pairs)
@@ -152,9 +173,9 @@ class _Choice:
     def _saved(self, space: int) -> int:
         """Returns the multiply-adds that leave with one unit of a space."""
         before = self._cost(self._touching[space])
-        self._width[space] -= self._spaces[space].unit
+        self._width[space] -= self._step(space)
         after = self._cost(self._touching[space])
-        self._width[space] += self._spaces[space].unit
+        self._width[space] += self._step(space)
         return before - after
 
     def _weakest(self, space: int) -> Any:
@@ -162,21 +183,31 @@ class _Choice:
         kept = self._kept[space]
         if self._spaces[space].frozen or int(kept.sum()) <= 1:
             return None
-        left = self._energies[space][:, kept]
-        importances = (left / left.sum(1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)).sum(0)
+        importances = _importances(self._units[space].energies_LU[:, kept])
         weakest = int(importances.argmin())
         return float(importances[weakest]), int(kept.nonzero()[weakest])
 
 
-def _energies(spaces: ChannelSpaces, layers: Mapping[str, Any], space: int) -> Tensor:
-    """Returns the squared L2 norms of the filters of every layer that writes a space, float64 (layers, units)."""
+def _units(spaces: ChannelSpaces, layers: Mapping[str, Any], space: int, multiple: int) -> _Units:
+    """Returns the units of a space: its own, or as many of similar importance as leave a multiple of channels."""
     size, unit, _ = spaces.spaces[space]
     rows = []
     for name, (_, written) in spaces.layers.items():
         if written == space:
             weight = layers[name].weight.detach().cpu().double().nan_to_num(0.0, 0.0, 0.0)
             rows.append(weight.flatten(1).square().sum(1).reshape(-1, unit).sum(1))
-    return torch.stack(rows) if rows else torch.zeros(0, size // unit, dtype=torch.float64)
+    energies_LU = torch.stack(rows) if rows else torch.zeros(0, size // unit, dtype=torch.float64)
+    channels_UC = torch.arange(size).reshape(-1, unit)
+    together = math.lcm(unit, multiple) // unit
+    if together == 1 or len(channels_UC) % together or len(channels_UC) == together:
+        return _Units(channels_UC, energies_LU)
+    order_UT = _importances(energies_LU).argsort(stable=True).reshape(-1, together)
+    return _Units(channels_UC[order_UT].flatten(1), energies_LU[:, order_UT].sum(2))
+
+
+def _importances(energies_LU: Tensor) -> Tensor:
+    """Returns the importance of each unit: the sum over layers of its share of the layer's squared norm."""
+    return (energies_LU / energies_LU.sum(1, keepdim=True).clamp_min(torch.finfo(energies_LU.dtype).tiny)).sum(0)
 
 
 def _restricted(classifier: Classifier, spaces: ChannelSpaces, kept: list[Tensor]) -> Classifier:

@@ -73,10 +73,13 @@ class ChannelPruning(Step):
 
     Attributes:
         multiply_adds: Share of the multiply-adds that may be left, at most.
+        multiple: Channels leave so many at a time that a multiple of it stays, where there are twice as many or more: a
+            processor computes 8 or 16 at once, and a few that are left over cost it as much. 1: one by one.
     """
 
     kind: Literal["channels"] = "channels"
     multiply_adds: float = Field(default=0.5, gt=0, lt=1)
+    multiple: int = Field(default=8, ge=1, le=1024)
 
     @property
     def label(self) -> str:
@@ -89,7 +92,7 @@ class ChannelPruning(Step):
         Raises:
             ValueError: If the network cannot be traced, or not be made so small.
         """
-        return prune_channels(plain_copy(classifier), self.multiply_adds, material.image_shape)
+        return prune_channels(plain_copy(classifier), self.multiply_adds, material.image_shape, self.multiple)
 
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the sizes of the stored state."""
