@@ -149,6 +149,7 @@ def test_a_fake_is_flagged(name, expected):
         ("constant_predictor", {"constant"}),
     ],
 )
+@pytest.mark.slow
 def test_a_fake_is_flagged_around_a_model_that_is_robust_too(name, expected):
     """Little is left to find for an attack that gets round the trick."""
     flags = diagnose(fake(name, "robust"), held_out(), BUDGETS["linf"], 0, num_images=64)

@@ -103,6 +103,7 @@ def kill_within(study: Path, store: Path, roots, jobs: int, delay: float, spare:
     raise AssertionError(f"it ends before it can be killed, even {delay} seconds after its start")
 
 
+@pytest.mark.slow
 def test_killed_five_times_it_ends_with_the_rows_of_an_undisturbed_run(finished, roots, tmp_path):
     """At five moments of the work, from the first training to the report; each run goes on where the last one died."""
     study, store = write_study(tmp_path), tmp_path / "store"
