@@ -60,10 +60,7 @@ def traffic_of(cells: Iterable[Cell]) -> Traffic:
         up=_sent(known, "up"),
         down=_sent(known, "down"),
         whole=exact(((seed, max(_most(r, "down") for r in rounds)) for seed, rounds in known), UNSENT),
-        total=exact(
-            ((seed, float(sum(_both(r) + _both(r.get("teacher") or {}) for r in rounds))) for seed, rounds in known),
-            UNSENT,
-        ),
+        total=exact(((seed, float(sum(_both(r) for r in rounds))) for seed, rounds in known), UNSENT),
     )
 
 
@@ -79,7 +76,9 @@ def _sent(known: Sequence[tuple[int, list[_Round]]], direction: str) -> Sent:
 
 
 def _both(of_round: _Round) -> int:
-    return _sum(of_round, "up") + _sum(of_round, "down")
+    """Returns the bytes up and down of a round, the first one with those of the teacher that was trained before it."""
+    teacher = of_round.get("teacher") or {}
+    return sum(_sum(part, direction) for part in (of_round, teacher) for direction in ("up", "down"))
 
 
 def _sum(of_round: _Round, direction: str) -> int:
