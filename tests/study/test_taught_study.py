@@ -13,7 +13,7 @@ from trilemma.federation.round import run_round
 from trilemma.federation.training import initial_state, planned_events, prepare, taught
 from trilemma.privacy.accounting import epsilon
 from trilemma.privacy.ledger import Ledger
-from trilemma.report.configurations import configurations
+from trilemma.report.configurations import configuration_rows
 from trilemma.report.html import report_html
 from trilemma.study import train_job
 from trilemma.study.assemble import assemble
@@ -169,7 +169,7 @@ def test_the_history_tells_of_the_teacher_and_the_report_counts_its_bytes(plan, 
     assert teacher["bytes_up"] == 2 * 2 * width_6  # two hospitals, two rounds, float32
     assert teacher["bytes_down"] == 2 * 2 * width_6 + 2 * width_6  # and the finished teacher for each of them
     own = sum(row["bytes_up"] + row["bytes_down"] for row in run.history)
-    (row,) = configurations(results)
+    (row,) = configuration_rows(results)
     assert row.traffic.total.value == own + teacher["bytes_up"] + teacher["bytes_down"]
     assert "<html" in report_html(results)
 
