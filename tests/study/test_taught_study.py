@@ -155,7 +155,7 @@ def test_a_damaged_teacher_is_told_and_never_a_traceback(damage, plan, stored, r
     assert rows_of(tmp_path)["runs"] == rows_of(stored)["runs"]
 
 
-def test_the_history_tells_of_the_teacher_and_the_report_counts_its_bytes(plan, stored):
+def test_the_history_tells_of_the_teacher_and_the_report_counts_its_bytes(plan, stored, trilemma):
     with Store(stored) as store:
         results = assemble(plan, store, "", "")
         run = store.run(plan.trainings[0].key)
@@ -163,15 +163,16 @@ def test_the_history_tells_of_the_teacher_and_the_report_counts_its_bytes(plan, 
     teacher = first["teacher"]
     assert teacher["rounds"] == 2 and 0 <= teacher["val_accuracy"] <= 1
     assert not any("teacher" in row for row in others)
-    width_6 = 4 * sum(
-        p.numel() for p in plan.trainings[0].spec.teacher.model.make(1, 16, 2, 0).parameters()
-    )  # fmt: skip
+    network = plan.trainings[0].spec.teacher.model.make(1, 16, 2, 0)
+    width_6 = 4 * sum(parameter.numel() for parameter in network.parameters())
     assert teacher["bytes_up"] == 2 * 2 * width_6  # two hospitals, two rounds, float32
     assert teacher["bytes_down"] == 2 * 2 * width_6 + 2 * width_6  # and the finished teacher for each of them
     own = sum(row["bytes_up"] + row["bytes_down"] for row in run.history)
     (row,) = configuration_rows(results)
     assert row.traffic.total.value == own + teacher["bytes_up"] + teacher["bytes_down"]
     assert "<html" in report_html(results)
+    code, shown, _ = trilemma("show", plan.trainings[0].key, "--store", stored)
+    assert code == 0 and f"its teacher, trained before: rounds 2, val_accuracy {teacher['val_accuracy']:.4g}" in shown
 
 
 TAUGHT = PRIVATE + TEACHER
