@@ -230,6 +230,8 @@ CHANGES = [
     *(("pruning", {"kind": "gradual", "sparsity": sparsity}) for sparsity in (0.5, 0.9)),
     *(("quantisation", {"kind": "int8", "first": first}) for first in (0.5, 0.25)),
     *(("downlink", codec) for codec in ({"kind": "dense"}, {"kind": "dense", "numbers": "int4"}, {"kind": "top_k"})),
+    *(("teacher", {"model": {"kind": "resnet9", "width": 4}, "rounds": 1} | change) for change in (
+        {}, {"model": {"kind": "resnet9", "width": 8}}, {"rounds": 2}, {"share": 0.25})),
     ("rounds", 4),
     ("seed", 1),
 ]  # fmt: skip

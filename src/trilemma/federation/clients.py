@@ -9,6 +9,7 @@ import numpy as np
 from trilemma.data.records import Dataset, Partition, Records, concatenate
 from trilemma.errors import UserError
 from trilemma.federation.specs import Centralised, FedAvg, LocalOnly, TrainSpec
+from trilemma.federation.teaching import phase_name, phases, total_rounds
 from trilemma.federation.units import Units, patients
 from trilemma.models.classifier import Classifier
 from trilemma.privacy.plan import PrivacyPlan
@@ -153,13 +154,18 @@ def participants(spec: TrainSpec, num_clients: int, round_index: int) -> tuple[i
     wanted = spec.algorithm.clients_per_round if isinstance(spec.algorithm, FedAvg) else None
     if wanted is None or wanted >= num_clients:
         return tuple(range(num_clients))
-    drawn = numpy_generator(spec.seed, "participants", round_index).choice(num_clients, wanted, replace=False)
+    draws = numpy_generator(spec.seed, "participants", *phase_name(spec), round_index)
+    drawn = draws.choice(num_clients, wanted, replace=False)
     return tuple(int(position) for position in np.sort(drawn))
 
 
 def planned_rounds(spec: TrainSpec, num_clients: int, position: int) -> int:
-    """Returns in how many rounds a client takes part; the seed fixes them, so they are known beforehand."""
-    return sum(position in participants(spec, num_clients, index) for index in range(spec.rounds))
+    """Returns in how many rounds a client takes part, a teacher's included.
+
+    The seed fixes them, so they are known beforehand.
+    """
+    rounds = [(phase, index) for phase in phases(spec) for index in range(phase.rounds)]
+    return sum(position in participants(phase, num_clients, index) for phase, index in rounds)
 
 
 def server_plan(spec: TrainSpec, num_clients: int) -> PrivacyPlan | None:
@@ -173,7 +179,7 @@ def server_plan(spec: TrainSpec, num_clients: int) -> PrivacyPlan | None:
     assert isinstance(spec.algorithm, FedAvg)  # the spec refuses others
     wanted = spec.algorithm.clients_per_round or num_clients
     try:
-        return spec.privacy.make_for_server(num_clients, wanted, spec.rounds)
+        return spec.privacy.make_for_server(num_clients, wanted, total_rounds(spec))
     except ValueError as error:
         raise UserError("privacy", str(error), "Change privacy, rounds or the number of clients") from None
 

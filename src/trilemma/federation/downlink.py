@@ -1,7 +1,7 @@
 """How the model comes down: a round's change as one frame for all, and what a client that missed some fetches."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def bytes_down(federation: Federation, chosen: Sequence[Client], state: Training
         chosen: Who takes part.
         state: Before the round.
     """
-    if not isinstance(federation.spec.algorithm, FedAvg):
+    if not _has_server(federation):
         return {client.name: 0 for client in chosen}
     whole = whole_bytes(state)
     if federation.spec.downlink is None:
@@ -93,3 +93,26 @@ def _last_round(client: Client, state: TrainingState) -> int | None:
     """
     took_part = (index for index in reversed(range(state.round)) if client.name in state.history[index]["clients"])
     return next(took_part, None)
+
+
+def about_teacher(federation: Federation, learnt: TrainingState, state: TrainingState) -> dict[str, Any]:
+    """Returns what a history says of a teacher: its rounds and last validation accuracy, and the bytes that it cost.
+
+    Bytes down hold the finished teacher in float32, once for each hospital that learns from it. Where it is secret who
+    takes part there are no bytes.
+
+    Args:
+        federation: The student's.
+        learnt: The teacher's last state.
+        state: The student's last state.
+    """
+    told = {"rounds": learnt.round, "val_accuracy": learnt.history[-1]["val_accuracy"]}
+    if federation.plan is not None:
+        return told
+    fetched = {name for row in state.history for name in row["clients"]} if _has_server(federation) else ()
+    down = sum(row["bytes_down"] for row in learnt.history) + len(fetched) * whole_bytes(learnt)
+    return {**told, "bytes_up": sum(row["bytes_up"] for row in learnt.history), "bytes_down": down}
+
+
+def _has_server(federation: Federation) -> bool:
+    return isinstance(federation.spec.algorithm, FedAvg)

@@ -17,6 +17,7 @@ from trilemma.federation.optimizers import State
 from trilemma.federation.quantised_training import Rounding, set_rounded
 from trilemma.federation.specs import Augmentation, FedProx, TrainSpec
 from trilemma.federation.streams import client_stream, private_generator
+from trilemma.federation.teaching import phase_name, with_teacher
 from trilemma.federation.units import added, unit_gradient_sum, whole_units
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import get_buffers, get_params, set_buffers, set_params
@@ -63,6 +64,7 @@ def local_train(
     optimizer_state: State | None = None,
     clip: float | None = None,
     rounding: Rounding | None = None,
+    teacher: Classifier | None = None,
 ) -> LocalResult:
     """Trains from the weights in `classifier`, which hold the round's model, and leaves the result in it.
 
@@ -75,6 +77,7 @@ def local_train(
         optimizer_state: To go on with; None starts afresh.
         clip: The clipping norm to start with, where it adapts; None for the plan's first.
         rounding: How the network that it trains is rounded; None: not at all.
+        teacher: Whose answers it learns beside the labels; None: the labels alone.
     """
     optimizer, augmentation = spec.local.make(), spec.local.augmentation
     params_P = start_P = get_params(classifier)
@@ -88,7 +91,7 @@ def local_train(
     with global_seed(*dropout), classifier.computing_in(spec.local.dtype), _rounded(rounding):
         for step, drawn in enumerate(batches(spec, client, len(records), round_index)):
             time = round_index + step / client.steps  # in rounds
-            objective = spec.local.adjusted(spec.defence.make(time / spec.rounds))
+            objective = with_teacher(spec, spec.local.adjusted(spec.defence.make(time / spec.rounds)), teacher)
             if client.plan is None:
                 batch = load_batch(augmentation, records, drawn, draws.changes, classifier.device)
                 gradient_P, loss_B = mean_gradient(classifier, objective, *batch, draws.crafting)
@@ -160,7 +163,9 @@ def private_parts(
     objective: Objective,
     draws: Draws,
 ) -> Iterator[tuple[tuple[Tensor, Tensor], list[int]]]:
-    """Yields a private step's views (x_IVCHW, y_I) and how many images each unit has, a part of whole units at a time.
+    """Yields a private step's views and targets, and how many images each unit has, a part of whole units at a time.
+
+    The views are x_IVCHW, the targets labels y_I or, with a teacher, shares of the classes p_IK.
 
     A unit is never divided, so that it is clipped as one; memory stays bounded however many units are drawn. Where
     nobody is drawn there is one part without images.
@@ -169,7 +174,8 @@ def private_parts(
     for part in whole_units(sizes_U, CRAFTED_TOGETHER):
         index = client.records_of(drawn[part])[0]
         x_BCHW, y_B = load_batch(augmentation, records, index, draws.changes, classifier.device)
-        yield (crafted(objective, classifier, x_BCHW, y_B, draws.crafting), y_B), sizes_U[part]
+        x_BVCHW = crafted(objective, classifier, x_BCHW, y_B, draws.crafting)
+        yield (x_BVCHW, objective.targets(x_BCHW, y_B)), sizes_U[part]
 
 
 def crafted(
@@ -202,7 +208,7 @@ def batches(spec: TrainSpec, client: Client, num_records: int, round_index: int)
         for _ in range(client.steps):
             yield client.plan.sample(draws).tolist()
         return
-    draws = generator(spec.seed, "batches", round_index, client.number)
+    draws = generator(spec.seed, "batches", *phase_name(spec), round_index, client.number)
     done = 0
     while done < client.steps:
         order = torch.randperm(num_records, generator=draws).tolist()
@@ -234,7 +240,7 @@ def mean_gradient(
     """Returns the gradient of the mean loss, flat over trainable parameters, and each record's loss."""
     x_BVCHW = objective.views(classifier, x_BCHW, y_B, crafting)
     logits_BVK = classifier(x_BVCHW.flatten(0, 1)).unflatten(0, x_BVCHW.shape[:2])
-    loss_B = objective.loss(logits_BVK, y_B)
+    loss_B = objective.loss(logits_BVK, objective.targets(x_BCHW, y_B))
     trainable = [p for p in classifier.parameters() if p.requires_grad]
     # A network may hold parameters that its output does not depend on.
     gradients = torch.autograd.grad(loss_B.mean(), trainable, allow_unused=True, materialize_grads=True)

@@ -101,6 +101,23 @@ def why_no_pruning(spec: "TrainSpec") -> str:
     )
 
 
+def why_no_teacher(spec: "TrainSpec") -> str:
+    """Returns why a model may not learn a teacher's answers; empty where it may, or has no teacher."""
+    if spec.teacher is None:
+        return ""
+    if spec.defence.kind == "mart":
+        return (
+            "defence 'mart' weighs each image by what the model answers to its one true class, and a teacher's answers "
+            "name none; use 'trades' or 'pgd', or leave teacher out"
+        )
+    if spec.threat.when is not None:
+        return (
+            "threat.when counts the rounds of one training, and a training with a teacher is two; leave when out, and "
+            "the threat acts in all rounds of both, or leave teacher out"
+        )
+    return ""
+
+
 def why_no_such_threat(spec: "TrainSpec") -> str:
     """Returns why a threat cannot act in a training; empty where it can."""
     threat, federated = spec.threat, spec.algorithm.kind in ("fedavg", "fedprox")

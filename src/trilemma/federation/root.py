@@ -55,7 +55,12 @@ def root_images(spec: TrainSpec, dataset: Dataset, public: Dataset | None) -> Re
 
 
 def root_update(
-    spec: TrainSpec, root: Records | None, classifier: Classifier, state: TrainingState, num_steps: int
+    spec: TrainSpec,
+    root: Records | None,
+    classifier: Classifier,
+    state: TrainingState,
+    num_steps: int,
+    teacher: Classifier | None = None,
 ) -> Tensor | None:
     """Returns the server's own update in a round, made as a client makes one; None where the rule needs none.
 
@@ -67,6 +72,7 @@ def root_update(
         classifier: The workspace.
         state: Before the round.
         num_steps: Of the clients' training.
+        teacher: Whose answers the clients learn; None: the labels alone.
 
     Raises:
         ValueError: If the rule needs images and has none.
@@ -78,4 +84,4 @@ def root_update(
     client = Client("the server", SERVER, (Shard(SERVER, False, root),), None, num_steps, 1.0)
     load_model(classifier, state.params_P, state.buffers_Q)
     public = spec.model_copy(update={"privacy": NoPrivacy()})
-    return local_train(public, client, classifier, root, state.round).update_P
+    return local_train(public, client, classifier, root, state.round, teacher=teacher).update_P

@@ -35,7 +35,7 @@ def run_round(federation: Federation, state: TrainingState) -> TrainingState:
     rounding = rounding_of(spec, federation.classifier, federation.phantoms_NCHW, state.round)
     results = {client.name: _train(federation, client, state, rounding) for client in chosen}
     num_steps = max((client.steps for client in chosen), default=1)
-    root_P = root_update(spec, federation.root, federation.classifier, state, num_steps)
+    root_P = root_update(spec, federation.root, federation.classifier, state, num_steps, federation.trained_teacher)
     results, plot = forged(federation, chosen, results, state, root_P)
     arrived = sent(federation, chosen, results, state)
     results = arrived.results
@@ -185,4 +185,5 @@ def _train(federation: Federation, client: Client, state: TrainingState, roundin
     load_model(classifier, state.params_P, state.buffers_Q)
     records = client.training_records(spec, classifier, state.round, drawn_records(spec, client, state.round))
     clip = state.clips.get(EVERYBODY, state.clips.get(client.name)) if client.plan is not None else None
-    return local_train(spec, client, classifier, records, state.round, state.clients.get(client.name), clip, rounding)
+    kept, teacher = state.clients.get(client.name), federation.trained_teacher
+    return local_train(spec, client, classifier, records, state.round, kept, clip, rounding, teacher)

@@ -28,6 +28,7 @@ from trilemma.federation.optimizers import Optimizer
 from trilemma.federation.specs import FedAvg, TrainSpec
 from trilemma.federation.state import EVERYBODY, TrainingState
 from trilemma.federation.streams import private_generator
+from trilemma.federation.teaching import Lessons
 from trilemma.models.classifier import Classifier
 from trilemma.models.vector import variances
 from trilemma.privacy.plan import PrivacyPlan
@@ -49,6 +50,8 @@ class Federation:
         looked_at: Records that choose the round whose weights become the model, where early stopping does.
         root: The server's own records, where the rule of aggregation trusts them.
         phantoms_NCHW: What sets activation ranges, where the rounded network is trained.
+        teacher: The federation that trains the teacher first, of the same clients; None where there is none.
+        lessons: What that came to, once it is done.
     """
 
     spec: TrainSpec
@@ -60,6 +63,19 @@ class Federation:
     looked_at: Records | None = None
     root: Records | None = None
     phantoms_NCHW: Tensor | None = None
+    teacher: "Federation | None" = None
+    lessons: Lessons | None = None
+
+    @property
+    def trained_teacher(self) -> Classifier | None:
+        """Returns the network whose answers the clients learn; None in a training without a teacher.
+
+        Raises:
+            ValueError: If the training has a teacher that was not trained yet.
+        """
+        if self.teacher is not None and self.lessons is None:
+            raise ValueError("a training with a teacher trains that first: federation = taught(federation, its state)")
+        return self.lessons.classifier if self.lessons is not None else None
 
 
 class Aggregated(NamedTuple):

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from trilemma.models.specs import ModelSpec
 from trilemma.spec import Spec
 
 
@@ -64,3 +65,25 @@ class Int8Training(Spec):
     def acts(self, rounds_done: int, rounds: int) -> bool:
         """Returns whether the round after so many of all rounds trains the rounded network."""
         return rounds_done >= self.first * rounds
+
+
+class Teacher(Spec):
+    """A larger network that the hospitals train first, and whose answers the model then learns beside the labels.
+
+    Both are trained on the hospitals' own images, and a guarantee counts the steps of both.
+
+    Attributes:
+        model: The teacher's network.
+        rounds: Of its training, before the model's own.
+        share: How much of what the model learns is the teacher's answer; the rest is the label.
+    """
+
+    model: ModelSpec
+    rounds: int = Field(ge=1)
+    share: float = Field(default=0.5, gt=0, le=1)
+
+    @property
+    def label(self) -> str:
+        """Returns the text for tables."""
+        share = "" if self.share == 0.5 else f", share {self.share:g}"
+        return f"taught by {self.model.label}, {self.rounds} rounds{share}"

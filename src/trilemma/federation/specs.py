@@ -17,9 +17,10 @@ from trilemma.federation.refusals import (
     why_no_pruning,
     why_no_root,
     why_no_such_threat,
+    why_no_teacher,
     why_unsound,
 )
-from trilemma.federation.smaller import GradualPruning, Int8Training
+from trilemma.federation.smaller import GradualPruning, Int8Training, Teacher
 from trilemma.models.specs import ModelSpec, Resnet9
 from trilemma.privacy.specs import NoPrivacy, PrivacySpec
 from trilemma.robustness.objective import Objective
@@ -336,6 +337,7 @@ class TrainSpec(Spec):
             from what was written. None: the whole model comes down in every round, in float32.
         pruning: Makes the smallest weights zero while the model is trained; None: none.
         quantisation: Trains the model as int8 will compute it; None: in float.
+        teacher: A larger network that is trained first, and that the model learns from; None: from the labels alone.
         rounds: Rounds of the federation; epochs of training pass by `local`.
         seed: Of everything random.
     """
@@ -359,6 +361,7 @@ class TrainSpec(Spec):
     quantisation: Int8Training | None = None
     rounds: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0)
+    teacher: Teacher | None = None
 
     @model_validator(mode="after")
     def _clients_exist(self) -> "TrainSpec":
@@ -386,6 +389,7 @@ class TrainSpec(Spec):
     def _privacy_is_sound(self) -> "TrainSpec":
         reason = why_unsound(self) or why_no_looks(self) or why_no_root(self) or why_no_such_threat(self)
         reason = reason or why_no_codec(self) or why_no_downlink(self) or why_no_pruning(self)
+        reason = reason or why_no_teacher(self)
         if reason:
             raise ValueError(reason)
         return self

@@ -35,7 +35,7 @@ class TrainingState:
         average_Q: The same of the buffers: batch norm's statistics must fit the parameters.
         best_P: Parameters of the best look so far, where looks choose the model (early stopping).
         best_Q: The buffers of that look.
-        pretraining_seconds: Wall time before the first round.
+        pretraining_seconds: Wall time before the first round, that of a teacher's training included.
         unlisted_seconds: Wall time of the rounds whose rows do not give it.
     """
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from trilemma.federation.clients import Client
 from trilemma.federation.specs import TrainSpec
+from trilemma.federation.teaching import phase_name
 from trilemma.randomness import numpy_generator
 
 
@@ -36,7 +37,7 @@ def client_stream(spec: TrainSpec, client: Client, role: str, round_index: int) 
     from the operating system the seed comes from there too, anew at every call, and is forgotten.
     """
     if client.plan is None:
-        return spec.seed, role, round_index, client.number
+        return spec.seed, role, *phase_name(spec), round_index, client.number
     if client.plan.noise == "system":
         return int.from_bytes(os.urandom(32), "big"), role
     return spec.seed, role, spec.key, client.fingerprint, round_index, client.number

@@ -8,10 +8,15 @@ The rounds are the caller's loop, so that whoever runs them can store every stat
         state = run_round(federation, state)
 
 Where early stopping looks at public images, `prepare` needs these too: prepare(spec, dataset, device, public).
+
+A training with a teacher trains that one first, by the same loop on `federation.teacher`, and goes on with
+`federation = taught(federation, state)`.
 """
 
+import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +32,7 @@ from trilemma.federation.root import root_images
 from trilemma.federation.server import Federation, server_optimizer
 from trilemma.federation.specs import Centralised, TrainSpec
 from trilemma.federation.state import TrainingState
+from trilemma.federation.teaching import Lessons, teacher_spec, total_rounds
 from trilemma.models.classifier import Classifier
 from trilemma.models.norms import batch_norm_layers
 from trilemma.models.vector import get_buffers, get_params, set_buffers
@@ -68,13 +74,54 @@ def prepare(
     refuse_lone_records(spec, clients, classifier)
     plan = server_plan(spec, len(clients))
     own, phantoms = root_images(spec, dataset, root), phantoms_for(spec, dataset)
-    return Federation(
+    federation = Federation(
         spec, clients, dataset.val, classifier.to(device), plan, dataset.fingerprint, looked_at, own, phantoms
     )
+    return federation if spec.teacher is None else replace(federation, teacher=_of_the_teacher(federation, dataset))
+
+
+def _of_the_teacher(student: Federation, dataset: Dataset) -> Federation:
+    """Returns the federation that trains a student's teacher: the same clients, under plans that know of both."""
+    spec = teacher_spec(student.spec)
+    try:
+        classifier = spec.model.make(dataset.channels, dataset.image_size, len(dataset.classes), spec.seed)
+        refuse_batch_norm_under_dp(spec, classifier)
+        refuse_lone_records(spec, student.clients, classifier)
+    except UserError as error:
+        where = f"teacher.{error.where}" if error.where.startswith("model") else error.where
+        raise UserError(where, error.problem, error.remedy) from None
+    network = classifier.to(student.classifier.device)
+    return replace(student, spec=spec, classifier=network, looked_at=None, phantoms_NCHW=None)
+
+
+def taught(federation: Federation, state: TrainingState) -> Federation:
+    """Returns a federation whose teacher is trained: its first round may run.
+
+    Args:
+        federation: With a teacher.
+        state: The last one of `federation.teacher`.
+
+    Raises:
+        UserError: If the teacher's weights became infinite: it has no answers.
+        ValueError: If the teacher is not done.
+    """
+    teacher = federation.teacher
+    if teacher is None or state.round < teacher.spec.rounds:
+        raise ValueError("only a teacher that has ended all of its rounds can teach")
+    if not (state.model_P.isfinite().all() and state.model_Q.isfinite().all()):
+        raise UserError(
+            "teacher",
+            f"its weights became infinite in {state.round} rounds, so that it has no answers to learn",
+            "Use a smaller local.learning_rate, such as a third of it, or another teacher.model",
+        )
+    answering = copy.deepcopy(trained_model(teacher, state)).requires_grad_(False)
+    return replace(federation, lessons=Lessons(answering, dict(state.private_steps), state.seconds))
 
 
 def initial_state(federation: Federation, public: Dataset | None = None) -> TrainingState:
     """Returns the state before the first round: the weights in the workspace, so ask before any round has used it.
+
+    The steps of a teacher count from the start: whatever is said of the student's privacy is said of both.
 
     Args:
         federation: The training.
@@ -82,6 +129,7 @@ def initial_state(federation: Federation, public: Dataset | None = None) -> Trai
 
     Raises:
         UserError: If that training's weights become infinite, or its images do not fit the network.
+        ValueError: If the training has a teacher that was not trained yet, or `public` is not what it asks for.
     """
     started, spec, classifier = time.perf_counter(), federation.spec, federation.classifier
     if (spec.pretraining is None) != (public is None):
@@ -89,12 +137,15 @@ def initial_state(federation: Federation, public: Dataset | None = None) -> Trai
     if public is not None:
         pretrain(spec, public, classifier)
     params_P, server = get_params(classifier), server_optimizer(spec)
+    pretraining_seconds = time.perf_counter() - started if public is not None else 0.0
+    lessons = federation.lessons if federation.trained_teacher is not None else None
     return TrainingState(
         0,
         params_P,
         get_buffers(classifier),
         server.init(params_P) if server else {},
-        pretraining_seconds=time.perf_counter() - started if public is not None else 0.0,
+        private_steps=dict(lessons.private_steps) if lessons is not None else {},
+        pretraining_seconds=pretraining_seconds + (lessons.seconds if lessons is not None else 0.0),
     )
 
 
@@ -133,10 +184,10 @@ def trust_of(spec: TrainSpec, privacy: DpSgd) -> Trust:
 
 
 def planned_events(federation: Federation) -> dict[str, tuple[DpEvent, ...]]:
-    """Returns client name -> the events of the whole training, before it runs; empty without DP."""
+    """Returns client name -> the events of the whole training and its teacher's, before it runs; empty without DP."""
     spec, num_clients = federation.spec, len(federation.clients)
     if federation.plan is not None:
-        return _events(federation, {client.name: spec.rounds for client in federation.clients})
+        return _events(federation, {client.name: total_rounds(spec) for client in federation.clients})
     steps = {
         client.name: client.steps * planned_rounds(spec, num_clients, position)
         for position, client in enumerate(federation.clients)

@@ -70,7 +70,7 @@ def unit_gradient_sum(
         plan: Clips.
         classifier: Its trainable parameters are differentiated.
         loss: Of each image over its views.
-        views: (x_IVCHW, y_I): all images with their views, unit by unit.
+        views: (x_IVCHW, y_I): all images with their views, unit by unit; in place of the labels the loss may take p_IK.
         sizes_U: Images of each unit; at least 1.
         clip: The current one; None for the plan's first.
     """
@@ -121,11 +121,14 @@ def _large_unit(
 
 
 def mean_over_images(loss: RecordLoss) -> RecordLoss:
-    """Returns the loss of units with S images each: (logits_BWK, y_BS) -> loss_B, where W is S times the views."""
+    """Returns the loss of units with S images each: (logits_BWK, y_BS) -> loss_B, where W is S times the views.
+
+    In place of the labels there may be shares of the classes, p_BSK.
+    """
 
     def mean_loss(logits_BWK: Tensor, y_BS: Tensor) -> Tensor:
         size = y_BS.shape[1]
         logits_IVK = logits_BWK.unflatten(1, (size, -1)).flatten(0, 1)
-        return loss(logits_IVK, y_BS.flatten()).unflatten(0, (-1, size)).mean(1)
+        return loss(logits_IVK, y_BS.flatten(0, 1)).unflatten(0, (-1, size)).mean(1)
 
     return mean_loss

@@ -40,7 +40,7 @@ class Traffic:
         up: From the hospitals to the server.
         down: From the server to the hospitals.
         whole: Bytes of the model in float32, which is what a hospital receives first.
-        total: Up and down, of all hospitals in all rounds.
+        total: Up and down, of all hospitals in all rounds, a teacher's included.
     """
 
     up: Sent = Sent()
@@ -60,9 +60,7 @@ def traffic_of(cells: Iterable[Cell]) -> Traffic:
         up=_sent(known, "up"),
         down=_sent(known, "down"),
         whole=exact(((seed, max(_most(r, "down") for r in rounds)) for seed, rounds in known), UNSENT),
-        total=exact(
-            ((seed, float(sum(_sum(r, "up") + _sum(r, "down") for r in rounds))) for seed, rounds in known), UNSENT
-        ),
+        total=exact(((seed, float(sum(_both(r) for r in rounds))) for seed, rounds in known), UNSENT),
     )
 
 
@@ -75,6 +73,12 @@ def _sent(known: Sequence[tuple[int, list[_Round]]], direction: str) -> Sent:
     if not all(f"bytes_{direction}_by_client" in r for _, rounds in known for r in rounds):
         largest = []
     return Sent(exact(mean, UNSENT), exact(largest, SUMS_ONLY if known else UNSENT), exact(slowest, UNSENT))
+
+
+def _both(of_round: _Round) -> int:
+    """Returns the bytes up and down of a round, the first one with those of the teacher that was trained before it."""
+    teacher = of_round.get("teacher") or {}
+    return sum(_sum(part, direction) for part in (of_round, teacher) for direction in ("up", "down"))
 
 
 def _sum(of_round: _Round, direction: str) -> int:

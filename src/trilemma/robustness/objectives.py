@@ -4,10 +4,11 @@ Each record's views depend on that record, the weights and data-independent draw
 of a record count as one record when gradients are clipped, keeps DP-SGD's guarantee.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.types import Evasion
@@ -61,12 +62,33 @@ def adjusted(objective: Objective, class_shares: Sequence[float]) -> Objective:
     def loss(logits_BVK: Tensor, y_B: Tensor) -> Tensor:
         return objective.loss(logits_BVK + logits_BVK.new_tensor(class_shares).log(), y_B)
 
-    return Objective(objective.views, loss)
+    return objective._replace(loss=loss)
+
+
+def taught(objective: Objective, answers: Callable[[Tensor], Tensor], share: float) -> Objective:
+    """Returns an objective that is given the answers of a teacher beside the labels (Hinton et al. 2015, section 2).
+
+    Their temperature is 1 here. Images are attacked as ever, away from their labels. The teacher is fixed, so that each
+    record's target depends on that record alone.
+
+    Args:
+        objective: Whose loss takes shares of the classes in place of labels: any but MART's.
+        answers: x_BCHW -> the teacher's logits_BK.
+        share: Of the target that is the teacher's answer, in [0, 1].
+    """
+
+    def targets(x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+        p_BK = answers(x_BCHW).softmax(dim=-1)
+        return share * p_BK + (1 - share) * F.one_hot(y_B, p_BK.shape[-1])
+
+    return objective._replace(targets=targets)
 
 
 def mean_cross_entropy(logits_BVK: Tensor, y_B: Tensor) -> Tensor:
-    """Returns the cross entropy of each record averaged over its views, shape (B,)."""
+    """Returns the cross entropy of each record averaged over its views, shape (B,); `y_B` may be shares p_BK too."""
     log_p_BVK = logits_BVK.log_softmax(dim=-1)
+    if y_B.is_floating_point():
+        return -(y_B[:, None] * log_p_BVK).sum(dim=-1).mean(dim=1)
     index_BV1 = y_B[:, None, None].expand(-1, logits_BVK.shape[1], 1)
     return -log_p_BVK.gather(-1, index_BV1).squeeze(-1).mean(dim=1)
 

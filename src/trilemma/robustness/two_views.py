@@ -110,7 +110,10 @@ def divergence(clean_BK: Tensor, attacked_BK: Tensor) -> Tensor:
 
 
 def trades_loss(logits_BVK: Tensor, y_B: Tensor, *, beta: float) -> Tensor:
-    """Returns the loss of each record over its two views, shape (B,); gradients flow through both."""
+    """Returns the loss of each record over its two views, shape (B,); gradients flow through both.
+
+    `y_B` may be shares of the classes p_BK too.
+    """
     clean_BK, attacked_BK = logits_BVK.unbind(dim=1)
     return cross_entropy(clean_BK, y_B) + beta * divergence(clean_BK, attacked_BK)
 

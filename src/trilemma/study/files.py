@@ -30,6 +30,10 @@ class StoreFiles:
         """Returns where an unfinished training's last state is."""
         return self.folder / "checkpoints" / f"{_name(run_key)}.safetensors"
 
+    def teacher(self, run_key: str) -> Path:
+        """Returns where the last state of an unfinished training's teacher is, while it learns and when it teaches."""
+        return self.folder / "checkpoints" / f"{_name(run_key)}.teacher.safetensors"
+
     def progress(self, run_key: str) -> Path:
         """Returns where a training tells how many rounds have ended."""
         return self.folder / "checkpoints" / f"{_name(run_key)}.rounds"
@@ -49,6 +53,7 @@ class StoreFiles:
     def discard_checkpoint(self, run_key: str) -> None:
         """Removes what only an unfinished training needs."""
         self.checkpoint(run_key).unlink(missing_ok=True)
+        self.teacher(run_key).unlink(missing_ok=True)
         self.progress(run_key).unlink(missing_ok=True)
 
     def remove_partial(self) -> None:

@@ -92,6 +92,10 @@ def _show_run(store: Store, run: RunRow, console: Console) -> None:
     for row in run.history:
         table.add_row(*(_cell(row.get(name)) for name in columns))
     console.print(table)
+    teacher = run.history[0].get("teacher") if run.history else None
+    if teacher is not None:
+        told = ", ".join(f"{name} {_cell(value)}" for name, value in teacher.items())
+        console.print(f"its teacher, trained before: {told}", highlight=False, markup=False)
     console.print(run.guarantee.in_words(), highlight=False, markup=False)
     for artefact in store.artefacts_of(run.key):
         label = artefact.compression["label"]

@@ -198,7 +198,7 @@ def book_training(
 
 
 def lineage_so_far(place: Workplace, training: Training) -> Lineage:
-    """Returns the lineage of the state from which a training starts: that of its checkpoint, if it has one.
+    """Returns the lineage of the state from which a training starts: that of its checkpoint, or of its teacher's.
 
     The release has a name only if all rounds run with the same code, on the same machine: so if that of the checkpoint
     is what it would be here.
@@ -206,8 +206,9 @@ def lineage_so_far(place: Workplace, training: Training) -> Lineage:
     privacy, release = training.spec.privacy, None
     if isinstance(privacy, DpSgd) and privacy.noise == "seeded":
         release = release_of(place, training, place.dataset(training.spec.data))
-    checkpoint = place.files.checkpoint(training.key)
-    if not checkpoint.exists():
+    kept = [place.files.checkpoint(training.key), place.files.teacher(training.key)]
+    checkpoint = next((path for path in kept if path.exists()), None)
+    if checkpoint is None:
         return Lineage(release)
     try:
         lineage = Lineage.parse(load_texts(checkpoint).get("lineage", "{}"))

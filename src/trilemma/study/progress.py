@@ -11,6 +11,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from trilemma.errors import TrilemmaError
+from trilemma.federation.teaching import total_rounds
 from trilemma.study.files import StoreFiles
 from trilemma.study.plan import Training
 from trilemma.study.work import Job
@@ -116,7 +117,7 @@ class Progress:
 
 def _rounds(job: Job) -> int:
     first = job.arguments[0]
-    return first.spec.rounds if isinstance(first, Training) else 0
+    return total_rounds(first.spec) if isinstance(first, Training) else 0
 
 
 def _size(job: Job) -> int:

@@ -42,7 +42,7 @@ _COMPRESSION: TypeAdapter[CompressionSpec] = TypeAdapter(CompressionSpec)
 #: Fields of a training that are told in words.
 _TOLD = (
     "data", "partition", "model", "pretraining", "algorithm", "local", "aggregation", "defence", "early_stopping",
-    "privacy", "threat", "codec",
+    "privacy", "threat", "codec", "teacher",
 )  # fmt: skip
 
 #: What a key may be made of: it names files of the store.
