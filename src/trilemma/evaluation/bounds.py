@@ -8,7 +8,7 @@ it is marked as a bound and not withheld, for how weak an attack is can be worth
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from scipy.stats import binom
+from scipy.special import bdtr as binomial_cdf
 
 from trilemma.attacks.budget import Norm
 from trilemma.data.records import Records
@@ -143,4 +143,4 @@ def _leaves_less(other: Known, own: Known) -> bool:
     if own.key in other.sample and own.radius == other.radius:
         return beyond_a_point(round((other.sample[own.key] - other.left) * other.n), other.n)
     least = max(0.0, min(1.0, own.left - TOLERANCE))
-    return bool(binom.cdf(round(other.left * other.n), other.n, least) < LEVEL)
+    return bool(binomial_cdf(round(other.left * other.n), other.n, least) < LEVEL)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.special import bdtrc as binomial_sf
 
 from trilemma.attacks.budget import Budget
 from trilemma.data.records import Records
@@ -242,7 +242,7 @@ def logit_scaling(evidence: Evidence) -> Flag:
         f"logits divided by their spread and {lost} only with the logits as they are, and PGD on the margin, which no "
         f"scale changes, breaks {by_margin}"
     )
-    signs = float(binom.sf(gained - 1, gained + lost, 0.5))
+    signs = float(binomial_sf(gained - 1, gained + lost, 0.5))
     raised = beyond_a_point(gained, n) and signs < LEVEL
     return _flag(
         evidence, "logit_scaling", raised, gained, n, f"{seen} ({p_value(signs)})", "the cross entropy is saturated"
@@ -317,7 +317,7 @@ def twin_disagrees(evidence: Evidence) -> Flag:
 
 
 def _beyond_a_point(evidence: Evidence, name: str, count: int, n: int, seen: str, meaning: str) -> Flag:
-    probability = float(binom.sf(count - 1, n, TOLERANCE))
+    probability = float(binomial_sf(count - 1, n, TOLERANCE))
     return _flag(evidence, name, beyond_a_point(count, n), count, n, f"{seen} ({p_value(probability)})", meaning)
 
 
@@ -327,7 +327,7 @@ def _of_followed(evidence: Evidence, name: str, found_N: NDArray[np.bool_], seen
     of_drawn, drawn = int(found_N[evidence.drawn_M].sum()), len(evidence.drawn_M)
     if not drawn or beyond_a_point(count, n) or not beyond_a_point(of_drawn, drawn):
         return _beyond_a_point(evidence, name, count, n, seen, meaning)
-    probability = p_value(float(binom.sf(of_drawn - 1, drawn, TOLERANCE)))
+    probability = p_value(float(binomial_sf(of_drawn - 1, drawn, TOLERANCE)))
     seen = f"{seen}, {of_drawn} of them among the {drawn} drawn ({probability})"
     return _flag(evidence, name, True, of_drawn, drawn, seen, meaning)
 
@@ -359,7 +359,7 @@ def _leans(answers_N: Integers, labels_N: Integers) -> bool:
     usual = int(np.bincount(answers_N).argmax())
     given = int(((answers_N == usual) & (labels_N != usual)).sum())
     missed = int(((answers_N != usual) & (labels_N == usual)).sum())
-    return bool(binom.sf(given - 1, given + missed, 0.5) < LEVEL)
+    return bool(binomial_sf(given - 1, given + missed, 0.5) < LEVEL)
 
 
 def _chosen(evidence: Evidence) -> str:

@@ -2,7 +2,7 @@
 
 import math
 
-from scipy.stats import binom
+from scipy.special import bdtrc as binomial_sf
 
 #: Probability with which a test finds a difference although its null hypothesis holds, at most.
 LEVEL = 0.01
@@ -12,7 +12,7 @@ TOLERANCE = 0.01
 
 def beyond_a_point(count: int, n: int) -> bool:
     """Returns whether `count` of n images are more than 1 % of all images can explain."""
-    return bool(binom.sf(count - 1, n, TOLERANCE) < LEVEL)
+    return bool(binomial_sf(count - 1, n, TOLERANCE) < LEVEL)
 
 
 def all_from_one(m: int, k: int) -> float:

@@ -15,7 +15,6 @@ from functools import lru_cache
 from importlib.metadata import version
 
 import numpy as np
-from opacus.accountants import PRVAccountant, RDPAccountant
 
 from trilemma.privacy.guarantee import DpEvent
 
@@ -80,6 +79,8 @@ def noise_multiplier(target_epsilon: float, delta: float, sampling_rate: float, 
 
 @lru_cache(maxsize=4096)
 def _epsilon(history: History, delta: float) -> float:
+    from opacus.accountants import RDPAccountant  # takes a second, which most commands need not wait
+
     # A few whole orders take no time and nearly always show that PRV is affordable.
     for orders in (_WHOLE_ORDERS, RDPAccountant.DEFAULT_ALPHAS):
         by_rdp = _rdp_epsilon(history, delta, orders)
@@ -89,6 +90,8 @@ def _epsilon(history: History, delta: float) -> float:
 
 
 def _prv_epsilon(history: History, delta: float) -> float:
+    from opacus.accountants import PRVAccountant
+
     accountant = PRVAccountant()
     accountant.history = list(history)
     with _without_warnings():
@@ -96,6 +99,8 @@ def _prv_epsilon(history: History, delta: float) -> float:
 
 
 def _rdp_epsilon(history: History, delta: float, orders: Sequence[float]) -> float:
+    from opacus.accountants import RDPAccountant
+
     accountant = RDPAccountant()
     accountant.history = list(history)
     with _without_warnings():
