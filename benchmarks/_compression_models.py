@@ -16,6 +16,7 @@ from trilemma.compression.pruning import sparsity
 from trilemma.compression.session import Session
 from trilemma.compression.specs import CompressionSpec
 from trilemma.compression.step import Looks, Material
+from trilemma.compression.synthetic import synthetic_images
 from trilemma.data.records import Dataset, Records
 from trilemma.data.roots import default_roots
 from trilemma.data.specs import DataSpec, Medmnist, Phantom, Pneumonia
@@ -26,7 +27,7 @@ from trilemma.federation.training import initial_state, prepare, trained_model
 from trilemma.models.classifier import Classifier
 from trilemma.models.norms import batch_norm_layers
 from trilemma.models.specs import ModelSpec, Resnet9, Resnet18
-from trilemma.randomness import numpy_generator
+from trilemma.randomness import generator, numpy_generator
 from trilemma.study.compress_job import SPARSE
 from trilemma.study.files import load_tensors, save_tensors
 
@@ -60,8 +61,9 @@ QUICK_SETTINGS = {"phantom-16": Setting(Phantom(size=16, classes=2, train=128, v
 #: On training images, as nothing is private here; phantoms do not bring pruned networks back.
 _DISTIL = {"kind": "distil", "images": "train", "num_images": 2000, "epochs": 8}
 _INT8 = {"kind": "int8"}
+_SYNTHETIC = {"kind": "int8", "calibration": "synthetic"}
 #: Of both norms.
-SIMPLE: dict[str, dict[str, Any]] = {"fp32": {"kind": "none"}, "int8": _INT8}
+SIMPLE: dict[str, dict[str, Any]] = {"fp32": {"kind": "none"}, "int8": _INT8, "int8-synthetic": _SYNTHETIC}
 #: Of the folding norm alone.
 MORE: dict[str, dict[str, Any]] = {
     "int8-percentile": {"kind": "int8", "ranges": "percentile"},
@@ -77,23 +79,24 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 class Prepared(NamedTuple):
-    """A training of its own for one compression, where this version of trilemma can do it.
+    """A training of its own for one compression.
 
     Attributes:
         field: Of `TrainSpec`.
         value: What it is set to.
         compression: Of the trained model.
+        norms: Of the networks that are trained so.
     """
 
     field: str
     value: dict[str, Any]
     compression: dict[str, Any]
+    norms: tuple[str, ...] = ("weight",)
 
 
 PREPARED = {
     "int8-qat": Prepared("quantisation", {"kind": "int8"}, _INT8),
-    "gradual90-int8": Prepared("pruning", {"kind": "gradual", "sparsity": 0.9}, _INT8),
-    "gradual95-int8": Prepared("pruning", {"kind": "gradual", "sparsity": 0.95}, _INT8),
+    "gradual90-int8": Prepared("pruning", {"kind": "gradual", "sparsity": 0.9}, _SYNTHETIC, ("group", "weight")),
 }
 
 
@@ -122,11 +125,6 @@ def loaded(setting: Setting) -> Dataset | str:
         return f"{setting.data.label} is skipped: {error}"
 
 
-def can_train(prepared: Prepared) -> bool:
-    """Returns whether trainings know the field."""
-    return prepared.field in TrainSpec.model_fields
-
-
 def training(setting: Setting, model: ModelSpec, **prepared: dict[str, Any]) -> TrainSpec:
     """Returns a training of three hospitals without privacy; Adam, a cosine, seed 0."""
     local = Local(optimizer="adam", learning_rate=0.003, batch_size=64, steps=setting.steps, schedule="cosine")
@@ -153,10 +151,12 @@ def trained(spec: TrainSpec, dataset: Dataset, cache: Path) -> Classifier:
 
 
 def material(teacher: Classifier, image_shape: tuple[int, int, int], train: Records | None) -> Material:
-    """Returns what compressions may look at: phantoms of the images' size, which are public, and training images."""
+    """Returns what compressions look at: phantoms of the images' size, images made from the model, training images."""
 
     def images(looks: Looks) -> Tensor:
-        assert looks.source in ("public", "train") and looks.data is None
+        assert looks.source in ("public", "synthetic", "train") and looks.data is None
+        if looks.source == "synthetic":
+            return synthetic_images(teacher, looks.count, image_shape, generator(0, "synthetic"))
         if looks.source == "train":
             assert train is not None
             return train.x(numpy_generator(0, "calibration").permutation(len(train))[: looks.count])

@@ -33,7 +33,6 @@ from benchmarks._compression_models import (
     SIMPLE,
     Setting,
     Shipped,
-    can_train,
     loaded,
     shipped,
     trained,
@@ -140,8 +139,8 @@ def family(network: str, norm: str, setting: Setting, dataset: Dataset, cache: P
             yield f"{label}-{NORMS[norm]}", shipped(classifier, compression, shape, dataset.train)
         except ValueError as error:
             say(f"{label}-{NORMS[norm]}/{network} is skipped: {error}")
-    for label, prepared in PREPARED.items() if norm == "weight" else ():
-        if can_train(prepared):
+    for label, prepared in PREPARED.items():
+        if norm in prepared.norms:
             classifier = trained(training(setting, model, **{prepared.field: prepared.value}), dataset, cache)
             yield f"{label}-{NORMS[norm]}", shipped(classifier, prepared.compression, shape)
 
@@ -217,9 +216,6 @@ def untrained(network: str, width: int, image_shape: tuple[int, int, int]) -> di
 def measure(plan: Plan, cache: Path, say: Callable[[str], None]) -> list[Row]:
     """Returns every row; `say` is told what is left out."""
     rows: list[Row] = []
-    for label, prepared in PREPARED.items():
-        if not can_train(prepared):
-            say(f"{label} is skipped: trainings have no '{prepared.field}' in this version.")
     for data, setting in plan.settings.items():
         dataset = loaded(setting)
         if isinstance(dataset, str):
