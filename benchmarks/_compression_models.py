@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "pneumoniamnist-28": Setting(Medmnist(name="pneumoniamnist"), 16, 15, None),
-    "chest-xray-64": Setting(Pneumonia(classes=2, size=64), 16, 15, 10),
+    "chest-xray-64": Setting(Pneumonia(classes=2, size=64), 16, 8, 10),
 }
 QUICK_SETTINGS = {"phantom-16": Setting(Phantom(size=16, classes=2, train=128, val=32, test=64), 4, 2, 2)}
 

@@ -25,10 +25,11 @@ mode, size = "L" if card["input"]["channels"] == 1 else "RGB", card["input"]["re
 session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 for path in sys.argv[2:]:
     with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+        deep = any(";16" in str(tile[3]) for tile in image.tile)  # told before Pillow makes 8 bits of several channels
         if image.format == "JPEG":
             image.draft(mode, (2 * size, 2 * size))  # large files are decoded smaller, as they were for the training
         upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith(("I", "F")):
+    if deep or upright.mode.startswith(("I", "F")):
         sys.exit(f"{path} has more than 8 bits per channel: save it with 8 bits")
     if upright.has_transparency_data:
         black = Image.new("RGBA", upright.size, (0, 0, 0, 255))

@@ -174,13 +174,15 @@ def test_a_forged_model_opens_when_all_of_it_is_true():
         ({0: row(40, 32, 33, 2)}, 104, 1, "table of tensors does not fit"),
         ({0: row(40, 32, 16, 0)}, 104, 1, "table of tensors does not fit"),
         ({0: row(0, 1, 1, 200)}, 300, 1, "table of tensors does not fit"),
-        ({0: row(40, 16, 8, 2) + row(39, 16, 8, 2)}, 104, 2, "table of tensors does not fit"),
+        ({0: row(40, 32, 16, 2) + row(39, 32, 16, 2)}, 168, 2, "table of tensors does not fit"),
         ({0: row(40, 32, 15, 2), 3: bytes(15), 4: bytes(15)}, 104, 1, "masks do not fit"),
         ({1: bytes(41)}, 104, 1, "would unpack to 41 bytes and must have 40"),
         ({2: bytes(5)}, 104, 1, "would unpack to 5 bytes and must have 4"),
         ({3: bytes(17)}, 104, 1, "would unpack to 17 bytes and must have 16"),
         ({4: bytes(15)}, 104, 1, "would unpack to 15 bytes and must have 16"),
-        ({}, 104, 2, "would unpack to 25 bytes and must have 50"),
+        ({}, 150, 2, "would unpack to 25 bytes and must have 50"),
+        ({0: row(40, 0, 0, 2)}, 104, 1, "table of tensors does not fit"),  # as many as would fill any memory
+        ({0: row(40, 31, 16, 2)}, 104, 1, "table of tensors does not fit"),  # shorter than any that is cut out
         ({}, 104, 5, "more was cut out"),
         ({}, LARGEST_BYTES, 2**32 - 1, "more was cut out"),
         ({}, LARGEST_BYTES, 1, f"would unpack to 40 bytes and must have {LARGEST_BYTES - 64}"),

@@ -54,6 +54,33 @@ def test_sixteen_bits_become_float_by_their_range(tmp_path, name):
     assert read_image(path, 2, "rgb").shape == (3, 2, 2)
 
 
+def png_of_sixteen_bits(path, pixels, colour_type):
+    """A PNG that Pillow cannot write: 16 bits in each of several channels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    return path
+
+
+@pytest.mark.parametrize(("channels", "colour_type"), [(3, 2), (2, 4), (4, 6)])
+def test_sixteen_bits_in_several_channels_are_refused_and_not_cut_to_eight(tmp_path, channels, colour_type):
+    pixels = np.arange(8 * 8 * channels).reshape(8, 8, channels) % 4096
+    path = png_of_sixteen_bits(tmp_path / "colour.png", pixels, colour_type)
+    assert np.asarray(Image.open(path)).max() < 256, "what Pillow makes of it"
+    for read in (is_deep, lambda path: read_image(path, 8, "grey")):
+        with pytest.raises(UserError, match=r"colour.png: has 16 bits in each of several channels"):
+            read(path)
+    grey = png_of_sixteen_bits(tmp_path / "grey.png", pixels[..., 0], 0)
+    assert is_deep(grey) and read_image(grey, 8, "grey").max() == pytest.approx(pixels[..., 0].max() / 65535)
+
+
 def test_float_tiffs_are_taken_in_the_unit_range_only(tmp_path):
     good = saved(tmp_path, np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4), "good.tif")
     np.testing.assert_allclose(read_image(good, 4, "grey")[0].ravel(), np.linspace(0, 1, 16), atol=1e-6)

@@ -11,6 +11,7 @@ from trilemma.compression.step import Looks
 from trilemma.compression.trial import Agreement
 from trilemma.data.specs import Folder
 from trilemma.evaluation.measurement import Measurement
+from trilemma.privacy.noise import noise_source_in_words
 from trilemma.report.model_card import card_json, card_markdown
 from trilemma.results import Shipment
 
@@ -105,11 +106,35 @@ def test_a_guarantee_that_compression_voided_is_none():
     artefact = about.results.artefacts[0]
     void = replace(artefact, guarantee=artefact.guarantee.voided("int8 calibration reads the training images"))
     about = replace(about, results=replace(about.results, artefacts=(void,)))
+    about = replace(about, settings={**about.settings, "privacy": "DP epsilon 8"})
     assert "No guarantee: int8 calibration reads" in section(card_markdown(about), "Privacy")
+    assert "| privacy | DP epsilon 8; void, see Privacy |" in section(card_markdown(about), "Model")
+    first = card_markdown(about).partition("\n## ")[0]
+    assert "nothing may be claimed of it: int8 calibration reads the training images" in first
+    whole = replace(about, results=replace(about.results, artefacts=(artefact,)))
+    assert "| privacy | DP epsilon 8 |" in card_markdown(whole) and "may be claimed" not in card_markdown(whole)
     card = json.loads(card_json(about))
     assert card["epsilon"] is None and card["epsilon_is_for"] is None
     epsilon = next(m for m in card["measurements"] if m["metric"] == "epsilon")
     assert epsilon["value"] is None and epsilon["status"] == "withheld"
+
+
+@pytest.mark.parametrize(("noise", "warned"), [("seeded", True), ("system", False)])
+def test_noise_that_anybody_could_take_away_is_said_first(noise, warned):
+    about = shipment(build())
+    (artefact,) = about.results.artefacts
+    guarantee = artefact.guarantee.model_copy(update={"noise_source": noise_source_in_words(noise)})
+    about = replace(about, results=replace(about.results, artefacts=(replace(artefact, guarantee=guarantee),)))
+    assert ("no ground for releasing" in card_markdown(about).partition("\n## ")[0]) == warned
+
+
+def test_the_rounds_of_a_teacher_are_told():
+    about = shipment(build())
+    (run,) = about.results.runs
+    taught = replace(run, spec={**run.spec, "rounds": 3, "teacher": {"rounds": 2}})
+    about = replace(about, results=replace(about.results, runs=(taught,)))
+    assert "| rounds | 3, after 2 of its teacher, whose steps the guarantee counts |" in card_markdown(about)
+    assert "teacher" not in section(card_markdown(shipment(build())), "Model")
 
 
 def test_who_took_part_is_not_told_unwarned_where_that_is_secret():

@@ -93,7 +93,7 @@ def unpack(packed: bytes, at_most: int = LARGEST_BYTES) -> bytes:
         raise ValueError("The packed model was changed or cut off: its checksum does not fit.")
     if length > at_most:
         raise ValueError(f"The packed model would unpack to {length} bytes, and at most {at_most} are allowed.")
-    if num_pieces * _PIECE.size > length:
+    if num_pieces * _SMALLEST_TENSOR_BYTES > length:
         raise ValueError("The packed model says that more was cut out of its ONNX file than there is room for.")
     frames = _split(body)
     pieces = _pieces(_unpacked(frames[0], num_pieces * _PIECE.size), length)
@@ -177,7 +177,12 @@ def _pieces(table: bytes, length: int) -> list[_Piece]:
     pieces = [_Piece(*row) for row in _PIECE.iter_unpack(table)]
     room = length - sum(piece.numbers * piece.width for piece in pieces)
     places = [0, *(piece.place for piece in pieces), room]
-    sound = all(1 <= piece.width <= 16 and piece.non_zero <= piece.numbers for piece in pieces)
+    sound = all(
+        1 <= piece.width <= 16
+        and piece.non_zero <= piece.numbers
+        and piece.numbers * piece.width >= _SMALLEST_TENSOR_BYTES
+        for piece in pieces
+    )
     if not sound or places != sorted(places):
         raise ValueError("The packed model's table of tensors does not fit its ONNX file.")
     return pieces

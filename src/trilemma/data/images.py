@@ -128,6 +128,7 @@ def _checked(path: Path, stream: IO[bytes]) -> Image.Image:
     try:
         image = Image.open(stream, formats=("PNG", "JPEG", "TIFF"))
         several = image.format == "TIFF" and getattr(image, "n_frames", 1) > 1
+        cut = image.mode not in _SIXTEEN_BIT and any(";16" in str(tile[3]) for tile in image.tile)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(str(path), f"has more than {MAX_PIXELS} pixels", "Scale it down first") from None
     except Exception as error:  # see read_image
@@ -137,6 +138,10 @@ def _checked(path: Path, stream: IO[bytes]) -> Image.Image:
     if image.size[0] * image.size[1] > MAX_PIXELS:
         size = f"{image.size[0]} x {image.size[1]}"
         raise UserError(str(path), f"has {size} pixels, more than {MAX_PIXELS}", "Scale it down first")
+    if cut:  # Pillow would keep the upper half of every number without a word
+        raise UserError(
+            str(path), "has 16 bits in each of several channels", "Save it with 8 bits, or as grey with 16 and no alpha"
+        )
     if several:
         raise UserError(str(path), "holds several pictures; images here are 2-D", "Save one picture per file")
     return image

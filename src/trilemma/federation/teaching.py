@@ -1,8 +1,8 @@
 """A training with a teacher: the two federations that it consists of, one after the other, and what the first gives.
 
 The first trains the teacher. It is an ordinary federation of the same hospitals under the same plans of privacy, whose
-noise is calibrated for the rounds of both. Its public draws have names of their own, and its private ones a key of its
-own, so that neither the two nor any other training share what protects them.
+noise is calibrated for the rounds of both. What protects anybody, noise and who is sampled, is drawn with a key of its
+own, so that neither the two nor any other training share it.
 """
 
 from collections.abc import Callable

@@ -16,11 +16,13 @@ from typing import Any
 
 from trilemma.atomic import atomic_write
 from trilemma.evaluation.measurement import Measurement
+from trilemma.report.cells import Cell
 from trilemma.report.claims import TIME_IS_SECRET, claim_of
 from trilemma.report.configurations import configuration_rows, headline, void_reasons
 from trilemma.report.datasets import DataUsed, data_in_words, data_of
 from trilemma.report.markup import clean
 from trilemma.report.poisoning import threats_caption, written_threats
+from trilemma.report.sent import traffic_of
 from trilemma.report.summary import legend, summary_rows, written_rows
 from trilemma.results import Artefact, Results, Run
 
@@ -136,7 +138,10 @@ def _markdown_table(titles: list[str], rows: list[list[str]], columns: list[str]
 
 
 def measurement_rows(results: Results) -> Iterator[dict[str, Any]]:
-    """Yields every measurement as a flat row, and each artefact's epsilon and training time in the same form."""
+    """Yields every measurement as a flat row.
+
+    In the same form: each artefact's epsilon, training time, and bytes of one hospital in one round.
+    """
     runs = {run.key: run for run in results.runs}
     artefacts = {artefact.key: artefact for artefact in results.artefacts}
     data = {run.key: data_of(run, results) for run in results.runs}
@@ -171,6 +176,10 @@ def _of_training(run: Run, artefact: Artefact) -> Iterator[Measurement]:
     told = run.seconds is not None
     status, why = ("ok", "") if told else ("withheld", TIME_IS_SECRET)
     yield Measurement("training_seconds", run.seconds, unit="seconds", split="train", status=status, reason=why)
+    traffic = traffic_of([Cell(run, artefact, ())])
+    for metric, sent in (("bytes_up", traffic.up), ("bytes_down", traffic.down)):
+        status = "ok" if sent.mean.value is not None else "withheld"
+        yield Measurement(metric, sent.mean.value, unit="bytes", split="train", status=status, reason=sent.mean.reason)
 
 
 def _row(study: str, run: Run, artefact: Artefact, data: DataUsed, m: Measurement) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from trilemma.compression.step import Looks
 from trilemma.report import numbers
+from trilemma.report.before_use import before_use, void_privacy
 from trilemma.report.cells import WORST, Cell, hospitals, measured
 from trilemma.report.claims import claim_of
-from trilemma.report.configurations import Row, configuration_rows, headline, void_reasons
-from trilemma.report.doubts import doubts
+from trilemma.report.configurations import Row, configuration_rows, void_reasons
 from trilemma.report.estimates import Estimate, estimate
 from trilemma.report.export import finite, markdown, measurement_rows
 from trilemma.report.flags import raised_in_words, why_withheld
@@ -85,7 +85,7 @@ def card_json(shipped: Shipment) -> str:
             for each in measurement_rows(results)
             if each["metric"] != "training_seconds"
         ],
-        "limits": _limits(shipped, configuration_rows(results)[0]),
+        "limits": before_use(shipped, configuration_rows(results)[0]),
         "uses": _uses(shipped),
         "trained_on": run.provenance,
         "measured_on": shipped.measured_on,
@@ -147,20 +147,8 @@ def _number(metric: str, found: Estimate) -> str:
 def _opening(shipped: Shipment, row: Row) -> str:
     what = f"A classifier of {shipped.settings.get('data', 'images')} into {', '.join(shipped.classes)}"
     said = markdown(f"{what}, as “{row.title}”. Written by Trilemma from its store; nobody has edited it.")
-    limits = _limits(shipped, row)
+    limits = before_use(shipped, row)
     return f"{said}\n\n**Before it is used:**\n\n{_bullets(limits)}" if limits else said
-
-
-def _limits(shipped: Shipment, row: Row) -> list[str]:
-    """Returns what must be known before anything else: a constant model, withheld numbers, rules that cannot hold."""
-    said = [f"This model {phrase}." for phrase in row.constant]
-    if any(facts.synthetic for facts in shipped.results.data):
-        said.append("It was trained and measured on SYNTHETIC images, not taken of patients.")
-    if shipped.split == "val":
-        said.append("It was measured on validation images; settings may have been chosen by them.")
-    for finding in doubts([row], headline([row])):
-        said += [f"{finding.topic}: {sentence}" for sentence in finding.sentences]
-    return said + list(shipped.results.runs[0].doubts)
 
 
 def _model(shipped: Shipment) -> list[Sequence[str]]:
@@ -172,10 +160,10 @@ def _model(shipped: Shipment) -> list[Sequence[str]]:
         ("asked for by the study", ", ".join(shipped.studies) or "none that the store holds as it was last run"),
         ("question of that study", results.question or "not recorded"),
         *((name.replace("_", " "), label) for name, label in shipped.settings.items()),
-        ("privacy", shipped.settings.get("privacy", "none")),
+        ("privacy", shipped.settings.get("privacy", "none") + ("; void, see Privacy" if void_privacy(shipped) else "")),
         ("defence", shipped.settings.get("defence", "none")),
         ("malicious hospitals", shipped.settings.get("threat", "none")),
-        ("rounds", str(run.spec.get("rounds", "not recorded"))),
+        ("rounds", _rounds(run.spec)),
         ("round that became the model", str(run.chosen_round or "the last")),
         ("seed", str(run.seed)),
         ("parameters", str(run.num_parameters)),
@@ -186,6 +174,12 @@ def _model(shipped: Shipment) -> list[Sequence[str]]:
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items()) or "not recorded"),
     ]
     return list({name: (name, value) for name, value in told if name != "threat"}.values())
+
+
+def _rounds(spec: dict[str, Any]) -> str:
+    """Returns the rounds of a training; a guarantee counts the steps of its teacher's too."""
+    own, teacher = str(spec.get("rounds", "not recorded")), spec.get("teacher") or {}
+    return f"{own}, after {teacher.get('rounds')} of its teacher, whose steps the guarantee counts" if teacher else own
 
 
 def _looked_at(shipped: Shipment) -> str:

@@ -41,8 +41,8 @@ _COMPRESSION: TypeAdapter[CompressionSpec] = TypeAdapter(CompressionSpec)
 
 #: Fields of a training that are told in words.
 _TOLD = (
-    "data", "partition", "model", "pretraining", "algorithm", "local", "aggregation", "defence", "early_stopping",
-    "privacy", "threat", "codec", "teacher",
+    "data", "partition", "model", "pretraining", "teacher", "algorithm", "local", "server", "aggregation", "averaging",
+    "defence", "early_stopping", "pruning", "quantisation", "privacy", "threat", "codec", "downlink",
 )  # fmt: skip
 
 #: What a key may be made of: it names files of the store.

@@ -114,7 +114,10 @@ class RandomK(Codec):
     def write(self, values_P: Tensor, memory: Memory, draws: torch.Generator, shapes: Shapes) -> Written:
         """Returns values as bytes."""
         seed = _drawn_seed(draws)
-        return seed + write_numbers(values_P[self._positions(seed, len(values_P))], self.numbers, draws), {}
+        values_K = values_P[self._positions(seed, len(values_P))]
+        if not bool(values_P.isfinite().all()):  # also where it was not drawn: the server must see that it is there
+            values_K = torch.full_like(values_K, torch.nan)
+        return seed + write_numbers(values_K, self.numbers, draws), {}
 
     def decode(self, payload: bytes, shapes: Shapes) -> Tensor:
         """Returns the update of some bytes."""
