@@ -158,7 +158,7 @@ def export_model(
 ) -> None:
     """Export one model so that it stands alone: ONNX with its preprocessing inside, a model card, and checksums."""
     from trilemma.report.model_card import card_json, card_markdown
-    from trilemma.study.handover import CARD, FACTS, MODEL, hand_over, refuse_occupied
+    from trilemma.study.handover import CARD, FACTS, MODEL, SENT, hand_over, refuse_occupied
     from trilemma.study.inspect import find_artefact
     from trilemma.study.shipment import shipment
     from trilemma.study.store import Store
@@ -166,9 +166,11 @@ def export_model(
     with Store(store) as opened:
         artefact = find_artefact(opened, key)
         place = refuse_occupied(to, artefact.key)
-        about, model = shipment(opened, artefact)
-    hand_over(place, {MODEL: model, CARD: card_markdown(about).encode(), FACTS: card_json(about).encode()})
-    console().print(f"wrote {to}: {MODEL} ({len(model)} bytes) of {artefact.key}", highlight=False, soft_wrap=True)
+        about, model, sent = shipment(opened, artefact)
+    cards = {CARD: card_markdown(about).encode(), FACTS: card_json(about).encode()}
+    hand_over(place, {MODEL: model, SENT: sent, **cards})
+    sizes = f"{MODEL} ({len(model)} bytes; {len(sent)} as {SENT})"
+    console().print(f"wrote {to}: {sizes} of {artefact.key}", highlight=False, soft_wrap=True)
 
 
 @app.command("list")

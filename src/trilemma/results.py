@@ -202,6 +202,7 @@ class Shipment:
         preprocessing: What the shipped file does before the model, a sentence each.
         agreement: Of the shipped file with loader and artefact.
         file_bytes: Size of the shipped file.
+        sent_bytes: Of the same as a zstandard file.
         measured_on: Label of an evaluation -> versions and machine, as JSON.
         looks: The images that the compression looked at.
     """
@@ -218,5 +219,6 @@ class Shipment:
     preprocessing: tuple[str, ...]
     agreement: Agreement
     file_bytes: int
+    sent_bytes: int
     measured_on: dict[str, dict[str, Any]] = field(default_factory=dict)
     looks: tuple[Looks, ...] = ()

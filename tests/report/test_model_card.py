@@ -39,6 +39,7 @@ def shipment(results, configuration=BOTH, compression="int8", **fields):
         preprocessing=("It is resized.",),
         agreement=Agreement(((15, 28),), 4, 0.00123, 0.0),
         file_bytes=1_234_567,
+        sent_bytes=345_678,
         measured_on={"cost": {"cpu": "A fine CPU"}},
     )
     return replace(made, **fields)
@@ -54,7 +55,7 @@ def test_every_part_that_a_reader_looks_for():
     for said in (
         "NOT a medical device", "research", "s1:", "| accuracy | 78.6 % (75.4 to 81.8) | 624 |", "| hospital 2 |",
         "| worst honest hospital |", "| PGD-20 Linf | 4/255 |", "none was seen", "exp(7.96)", "Not covered",
-        "1234567 bytes", "A fine CPU", "| multiply-adds for 1 image | 4.32 million |",
+        "1234567 bytes", "345678 bytes", "A fine CPU", "| multiply-adds for 1 image | 4.32 million |",
         "| time with preprocessing | not measured |", "0.0012", "256 images: public",
     ):  # fmt: skip
         assert said in text.replace("\xa0", " "), said

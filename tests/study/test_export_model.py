@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import zstandard
 from PIL import Image
 from torch import nn
 
@@ -30,7 +31,7 @@ from trilemma.study.shipment import shipment
 from trilemma.study.store import Store
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "predict_without_torch.py"
-FILES = {"model.onnx", "MODEL_CARD.md", "model_card.json", "SHA256SUMS"}
+FILES = {"model.onnx", "model.onnx.zst", "MODEL_CARD.md", "model_card.json", "SHA256SUMS"}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,8 @@ def sums_hold(folder):
 
 def test_a_folder_that_stands_alone(exported, store, cells, trilemma, tmp_path):
     assert {path.name for path in exported.iterdir()} == FILES and sums_hold(exported)
+    model = zstandard.ZstdDecompressor().decompress((exported / "model.onnx.zst").read_bytes())
+    assert model == (exported / "model.onnx").read_bytes()
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=exported, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = properties_of((exported / "model.onnx").read_bytes())
@@ -169,7 +172,7 @@ def test_a_card_says_what_the_report_says(store, finished, cells, tmp_path, with
         withheld = 0
         for cell in cells:
             row = opened.artefact(cell.key)
-            about, _ = shipment(opened, row)
+            about, *_ = shipment(opened, row)
             assert about.studies == (("tiny",) if with_text else ())
             for m in (m for e in about.results.evaluated for m in e.measurements):
                 withheld += m.status == "withheld"

@@ -1,4 +1,4 @@
-"""Post-training int8 quantisation: a network that computes in float exactly what its int8 file computes.
+"""Post-training int8 quantisation: a network that computes in float what its int8 file computes, up to single levels.
 
 Activations are uint8 with one scale and zero point per tensor, weights int8 with one scale per output channel and no
 zero point, biases int32 with the product of the two scales (Jacob et al., 2018, section 2). The rounding passes

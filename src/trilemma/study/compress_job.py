@@ -47,7 +47,7 @@ def compress_job(place: Workplace, cell: Cell, claimed: Guarantee) -> ArtefactRo
         model = export_onnx(twin, dataset.channels, dataset.image_size, shipped_with(cell.key, guarantee))
     except ValueError as error:
         where = f"compressions, {cell.compression.label}"
-        raise UserError(where, str(error), "Change this compression, or leave it out") from error
+        raise UserError(where, str(error).rstrip("."), "Change this compression, or leave it out") from error
     zeros = sparsity(twin)
     if zeros >= SPARSE:
         model = pack(model)

@@ -9,6 +9,8 @@ from trilemma.atomic import atomic_folder
 from trilemma.errors import UserError
 
 MODEL, CARD, FACTS, SUMS = "model.onnx", "MODEL_CARD.md", "model_card.json", "SHA256SUMS"
+#: The model again, for the way: unpacked by `zstd -d`.
+SENT = "model.onnx.zst"
 
 #: A card is some ten kilobytes; a file far beyond that is none.
 _MOST_BYTES = 16 * 2**20
@@ -32,7 +34,7 @@ def refuse_occupied(folder: Path, key: str) -> Path:
     if not place.is_dir():
         raise UserError(str(folder), "is no folder", "Name a new folder with --to")
     found = {child.name for child in place.iterdir()}
-    if found and not (found <= {MODEL, CARD, FACTS, SUMS} and _key_of(place / FACTS) == key):
+    if found and not (found <= {MODEL, SENT, CARD, FACTS, SUMS} and _key_of(place / FACTS) == key):
         problem = "holds something else than an earlier export of this artefact"
         raise UserError(str(folder), problem, "Name a new or an empty folder with --to")
     return place

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from trilemma.attacks.budget import Budget
 from trilemma.attacks.evasion.attack import Attack
+from trilemma.compression.packing import zstandard_file
 from trilemma.compression.session import Session
 from trilemma.compression.shipping import preprocessing_in_words, properties_of, ship_onnx
 from trilemma.compression.specs import CompressionSpec
@@ -61,8 +62,8 @@ class _Known(NamedTuple):
         return self.cell.training
 
 
-def shipment(store: Store, row: ArtefactRow) -> tuple[Shipment, bytes]:
-    """Returns what is known of an artefact, and the ONNX file that ships, tried against the artefact.
+def shipment(store: Store, row: ArtefactRow) -> tuple[Shipment, bytes, bytes]:
+    """Returns what is known of an artefact, the ONNX file that ships, tried against it, and that file for the way.
 
     Args:
         store: Open.
@@ -81,6 +82,7 @@ def shipment(store: Store, row: ArtefactRow) -> tuple[Shipment, bytes]:
     words = preprocessing_in_words(channels, size)
     told = {"trilemma.classes": json.dumps(classes), "trilemma.preprocessing": " ".join(words)}
     shipped = ship_onnx(content, told)
+    sent = zstandard_file(shipped)
     rows = store.evaluations_of(row.key)
     about = Shipment(
         results=_results(store, row, known, rows, facts[0] if facts else None),
@@ -96,9 +98,10 @@ def shipment(store: Store, row: ArtefactRow) -> tuple[Shipment, bytes]:
         preprocessing=words,
         agreement=tried(content, shipped),
         file_bytes=len(shipped),
+        sent_bytes=len(sent),
         measured_on={str(each.spec["label"]): each.provenance for each in rows},
     )
-    return about, shipped
+    return about, shipped, sent
 
 
 def _known(store: Store, row: ArtefactRow) -> _Known:
