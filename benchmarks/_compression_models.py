@@ -44,19 +44,21 @@ class Setting(NamedTuple):
         width: Of both networks.
         rounds: Of the federation of three hospitals.
         steps: Of a hospital in a round, of 64 images each; None: one pass.
+        prepared: Whether there are trainings for single compressions too; they triple the time.
     """
 
     data: DataSpec
     width: int
     rounds: int
     steps: int | None
+    prepared: bool
 
 
 SETTINGS = {
-    "pneumoniamnist-28": Setting(Medmnist(name="pneumoniamnist"), 16, 15, None),
-    "chest-xray-64": Setting(Pneumonia(classes=2, size=64), 16, 8, 10),
+    "pneumoniamnist-28": Setting(Medmnist(name="pneumoniamnist"), 16, 15, None, True),
+    "chest-xray-64": Setting(Pneumonia(classes=2, size=64), 16, 8, 10, False),
 }
-QUICK_SETTINGS = {"phantom-16": Setting(Phantom(size=16, classes=2, train=128, val=32, test=64), 4, 2, 2)}
+QUICK_SETTINGS = {"phantom-16": Setting(Phantom(size=16, classes=2, train=128, val=32, test=64), 4, 2, 2, True)}
 
 #: On training images, as nothing is private here; phantoms do not bring pruned networks back.
 _DISTIL = {"kind": "distil", "images": "train", "num_images": 2000, "epochs": 8}

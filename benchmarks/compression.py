@@ -140,7 +140,7 @@ def family(network: str, norm: str, setting: Setting, dataset: Dataset, cache: P
         except ValueError as error:
             say(f"{label}-{NORMS[norm]}/{network} is skipped: {error}")
     for label, prepared in PREPARED.items():
-        if norm in prepared.norms:
+        if setting.prepared and norm in prepared.norms:
             classifier = trained(training(setting, model, **{prepared.field: prepared.value}), dataset, cache)
             yield f"{label}-{NORMS[norm]}", shipped(classifier, prepared.compression, shape)
 
