@@ -15,8 +15,12 @@ from PIL import Image, ImageOps
 if len(sys.argv) < 3:
     sys.exit("usage: predict_without_torch.py FOLDER IMAGE...")
 folder = Path(sys.argv[1])
+names = ("MODEL_CARD.md", "model.onnx", "model_card.json")
+missing = [name for name in ("SHA256SUMS", *names) if not (folder / name).is_file()]
+if missing:
+    sys.exit(f"{folder} is no folder of `trilemma export-model`: {missing[0]} is missing")
 sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text("utf-8").splitlines())
-for name in ("MODEL_CARD.md", "model.onnx", "model_card.json"):
+for name in names:
     if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sums.get(name):
         sys.exit(f"{folder / name} is not the file that was exported: get the folder again")
 
