@@ -56,7 +56,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "pneumoniamnist-28": Setting(Medmnist(name="pneumoniamnist"), 16, 15, None, True),
-    "chest-xray-64": Setting(Pneumonia(classes=2, size=64), 16, 8, 10, False),
+    "chest-xray-64": Setting(Pneumonia(classes=2, size=64), 16, 12, 10, True),
 }
 QUICK_SETTINGS = {"phantom-16": Setting(Phantom(size=16, classes=2, train=128, val=32, test=64), 4, 2, 2, True)}
 

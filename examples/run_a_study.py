@@ -20,10 +20,10 @@ name = "small"
 question = "What does int8 cost on phantoms?"
 base.data = { kind = "phantom", size = 24, train = 240, val = 12, test = 60, sites = 2, classes = 2, shift = 0 }
 base.partition = { kind = "by_site", num_clients = 2 }
-base.model = { kind = "resnet9", width = 8 }
+base.model = { kind = "resnet9", width = 4 }
 base.local = { optimizer = "adam", learning_rate = 0.003, batch_size = 16 }
 compressions = [{ kind = "none" }, { kind = "int8" }]
-evaluations = [{ kind = "clean" }, { kind = "pgd", radii = ["1/255"], steps = 3 }]
+evaluations = [{ kind = "clean" }, { kind = "pgd", radii = ["4/255"], steps = 3 }]
 """
 
 with tempfile.TemporaryDirectory() as name:

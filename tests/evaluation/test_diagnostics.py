@@ -328,7 +328,7 @@ class OneClassHidden(nn.Module):
         return torch.where(chosen[:, None], shattered, self.honest(x))
 
 
-@pytest.mark.parametrize("steps", [16, 20])
+@pytest.mark.parametrize("steps", [pytest.param(16, marks=pytest.mark.slow), 20])
 def test_a_model_that_hides_one_class_behind_large_margins_is_found(steps):
     """Its images are never those nearest to an error; half of those that are followed are drawn."""
     records = stripes(512, size=SIZE, num_classes=3, seed=1)  # of 256 patients

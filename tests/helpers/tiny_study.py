@@ -17,6 +17,7 @@ from trilemma.study.progress import Progress
 from trilemma.study.store import Store
 from trilemma.study.workplace import Books, Workplace
 
+#: Attacks at a radius that leaves few images: a diagnosis of those that stand is what takes longest.
 TINY = """
 name = "tiny"
 question = "Does the line hold?"
@@ -42,17 +43,17 @@ num_calibration = 16
 kind = "clean"
 [[evaluations]]
 kind = "pgd"
-radii = ["8/255"]
+radii = ["32/255"]
 steps = 2
 [[evaluations]]
 kind = "transfer"
-radii = ["8/255"]
+radii = ["32/255"]
 steps = 2
 [[evaluations]]
 kind = "all_at_once"
 attacks = [
-    { kind = "pgd", radii = ["8/255"], steps = 2 },
-    { kind = "transfer", radii = ["8/255"], steps = 2 },
+    { kind = "pgd", radii = ["32/255"], steps = 2 },
+    { kind = "transfer", radii = ["32/255"], steps = 2 },
 ]
 [[evaluations]]
 kind = "cost"

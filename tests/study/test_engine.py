@@ -62,7 +62,7 @@ def test_a_second_run_does_nothing(finished, tiny_plan, roots, tmp_path, jobs):
 
 def test_a_new_evaluation_trains_nothing(finished, roots, tmp_path):
     folder = copied(finished, tmp_path)
-    more = write_study(tmp_path, TINY + '\n[[evaluations]]\nkind = "fgsm"\nradius = "2/255"\n')
+    more = write_study(tmp_path, TINY + '\n[[evaluations]]\nkind = "fgsm"\nradius = "64/255"\n')
     shown = run_plan(plan_of(more), folder, roots)
     assert "attacking: 4 jobs" in shown and "diagnosing: 4 jobs" in shown
     assert not any(stage in shown for stage in ("training:", "compressing:", "clean metrics:", "latency:"))
@@ -152,7 +152,7 @@ def test_a_defect_in_a_job_leaves_a_log_and_no_traceback(roots, tmp_path, monkey
 @pytest.mark.parametrize("lost", ["model", "twin", "weights"])
 def test_a_lost_file_is_named(finished, roots, tmp_path, lost):
     folder = copied(finished, tmp_path)
-    more = TINY + '\n[[evaluations]]\nkind = "fgsm"\nradius = "2/255"\n'
+    more = TINY + '\n[[evaluations]]\nkind = "fgsm"\nradius = "64/255"\n'
     if lost == "weights":
         more += '[[compressions]]\nkind = "prune"\n'
     plan = plan_of(write_study(tmp_path, more))

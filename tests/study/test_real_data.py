@@ -33,11 +33,11 @@ calibration = "public"
 kind = "clean"
 [[evaluations]]
 kind = "pgd"
-radii = ["4/255"]
+radii = ["16/255"]
 steps = 3
 [[evaluations]]
 kind = "diagnostics"
-radius = "4/255"
+radius = "16/255"
 num_images = 32
 """
 
