@@ -371,7 +371,7 @@ def test_places_that_cannot_be_written(exported, store, cells, trilemma, tmp_pat
         (forged, 2, "holds something else"),
         (tmp_path / "file", 2, "is no folder"),
         ("/", 2, "or the root"),
-        (tmp_path / "file" / "below", 1, "could not be written"),
+        (tmp_path / "file" / "below" / "it", 2, "is no folder"),
         ("a" * 300, 2, "too long"),
     ]
     for place, expected, said in cases:

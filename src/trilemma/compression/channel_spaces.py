@@ -81,7 +81,8 @@ def channel_spaces(classifier: Classifier, image_shape: tuple[int, int, int]) ->
         shapes = _Shapes(network.module, graph).found(image_shape, network.device)
     except Exception as error:  # tracing runs the network's own code on placeholders, which may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"Which layers share channels is unknown: the network cannot be traced ({reason}).") from error
+        problem = f"the network cannot be traced ({type(error).__name__}: {reason})"
+        raise ValueError(f"Which layers share channels is unknown: {problem}.") from error
     walk = _Walk(network, shapes)
     for node in graph.nodes:
         walk.visit(node)

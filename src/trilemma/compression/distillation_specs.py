@@ -63,7 +63,8 @@ class Distillation(Step):
             "temperature": "temperature {:g}",
         }
         usual = {name: type(self).model_fields[name].default for name in words}
-        return [words[name].format(getattr(self, name)) for name in words if getattr(self, name) != usual[name]]
+        told = [words[name].format(getattr(self, name)) for name in words if getattr(self, name) != usual[name]]
+        return ["1 epoch" if each == "1 epochs" else each for each in told]
 
     @property
     def looks(self) -> tuple[Looks, ...]:
@@ -96,6 +97,10 @@ class Distillation(Step):
             seed=material.seed,
         )
         return plain_copy(taught)  # a new student with standardised weights trains with them and is folded here
+
+    def rehearsed(self) -> "Distillation":
+        """Returns one step of distillation, on public images."""
+        return Distillation(student=self.student, num_images=2, epochs=1, batch_size=2)
 
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network of the student's layers."""

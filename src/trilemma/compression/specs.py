@@ -93,6 +93,10 @@ class Chain(Step):
             classifier = step.apply(classifier, material)
         return classifier
 
+    def rehearsed(self) -> "Chain":
+        """Returns the chain with every step rehearsed."""
+        return self.model_copy(update={"steps": tuple(step.rehearsed() for step in self.steps)})
+
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the layers that the last step leaves."""
         for step in self.steps:

@@ -96,6 +96,10 @@ class Step(Spec):
         """
         raise NotImplementedError
 
+    def rehearsed(self) -> "Step":
+        """Returns the same step with no more work than shows, on an untrained network, whether it can be done."""
+        return self
+
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the layers of `apply`'s, into which its stored state can be loaded."""
         return plain_copy(classifier)

@@ -177,7 +177,7 @@ def _of_training(run: Run, artefact: Artefact) -> Iterator[Measurement]:
     status, why = ("ok", "") if told else ("withheld", TIME_IS_SECRET)
     yield Measurement("training_seconds", run.seconds, unit="seconds", split="train", status=status, reason=why)
     traffic = traffic_of([Cell(run, artefact, ())])
-    for metric, sent in (("bytes_up", traffic.up), ("bytes_down", traffic.down)):
+    for metric, sent in (("bytes_up_by_client_mean", traffic.up), ("bytes_down_by_client_mean", traffic.down)):
         status = "ok" if sent.mean.value is not None else "withheld"
         yield Measurement(metric, sent.mean.value, unit="bytes", split="train", status=status, reason=sent.mean.reason)
 

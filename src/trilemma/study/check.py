@@ -17,7 +17,8 @@ from trilemma.study.combine import key_of, undefined_evaluations, why_undefined
 from trilemma.study.facts import facts_key, prepare_all, public_data
 from trilemma.study.ledgers import check_books, unpromised_phrases
 from trilemma.study.plan import Plan, Training, without_guarantee
-from trilemma.study.progress import READING, Progress
+from trilemma.study.progress import READING, REHEARSING, Progress
+from trilemma.study.rehearsal import rehearse
 from trilemma.study.rows import RunRow
 from trilemma.study.store import Store
 from trilemma.study.workplace import Books, Workplace
@@ -50,6 +51,9 @@ def check_study(
     place = Workplace(folder, roots, device, threads, 0, books)
     with Progress(console).waiting(READING):
         prepare_all(plan, place)
+    with Progress(console).waiting(REHEARSING):
+        done = _stored(folder)[1]
+        rehearse((cell for cell in plan.cells if cell.key not in done), place)
     show_data(plan, roots, console)
     console.print(_size_table(plan, folder))
     _print_phrases("\nCannot be measured:", undefined_evaluations(plan), console)

@@ -25,7 +25,8 @@ from trilemma.study.facts import preflight
 from trilemma.study.keys import evaluation_key
 from trilemma.study.ledgers import book_stored, check_books
 from trilemma.study.plan import Cell, Plan
-from trilemma.study.progress import READING, Progress
+from trilemma.study.progress import READING, REHEARSING, Progress
+from trilemma.study.rehearsal import rehearse
 from trilemma.study.store import Refused, Store
 from trilemma.study.train_job import train_job
 from trilemma.study.work import Failed, Job, run_jobs
@@ -54,12 +55,15 @@ class Engine:
         """Does everything that is missing.
 
         Raises:
-            UserError: Before anything runs, if data, model and settings do not go together, or the hospitals' books do
-                not allow it.
+            UserError: Before anything runs, if data, model, settings and compressions do not go together, or the
+                hospitals' books do not allow it.
             Failure: At the end, if some jobs failed; everything else is stored.
         """
         with self.progress.waiting(READING):
             preflight(self.plan, self.store, self.place)
+        with self.progress.waiting(REHEARSING):
+            done = self.store.keys("artefacts")
+            rehearse((cell for cell in self.plan.cells if cell.key not in done), self.place)
         for phrase in undefined_evaluations(self.plan):
             self.progress.note(f"cannot be measured: {phrase}")
         if self.place.books is not None:

@@ -30,6 +30,9 @@ def refuse_occupied(folder: Path, key: str) -> Path:
     if not place.name or place == Path.cwd():
         raise UserError(str(folder), "is the folder that you are in, or the root", "Name a folder that can be replaced")
     if not place.exists():
+        above = next(parent for parent in place.parents if parent.exists())
+        if not above.is_dir():
+            raise UserError(str(folder), f"cannot be made, for {above} is no folder", "Name another folder with --to")
         return place
     if not place.is_dir():
         raise UserError(str(folder), "is no folder", "Name a new folder with --to")

@@ -24,6 +24,7 @@ PATIENCE_SECONDS = 2.0
 
 #: What is waited for before the first training.
 READING = "preparing the images"
+REHEARSING = "trying every compression on an untrained network"
 
 
 class Progress:
