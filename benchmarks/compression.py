@@ -156,6 +156,7 @@ def measured(network: str, data: str, plan: Plan, dataset: Dataset, cache: Path,
         for label, model in family(network, norm, setting, dataset, cache, say):
             name = f"{label}/{network}-w{setting.width}/{data}"
             baseline = baseline or (name, model)
+            say(f"measuring {name}")
             rows.append(Row(name, "bytes", model.num_bytes, "bytes"))
             rows.append(Row(name, "bytes_ratio", model.num_bytes / baseline[1].num_bytes, "ratio"))
             rows.append(Row(name, "multiply_adds", model.multiply_adds, "count"))
@@ -214,7 +215,7 @@ def untrained(network: str, width: int, image_shape: tuple[int, int, int]) -> di
 
 
 def measure(plan: Plan, cache: Path, say: Callable[[str], None]) -> list[Row]:
-    """Returns every row; `say` is told what is left out."""
+    """Returns every row; `say` is told what is being done and what is left out."""
     rows: list[Row] = []
     for data, setting in plan.settings.items():
         dataset = loaded(setting)
@@ -226,6 +227,7 @@ def measure(plan: Plan, cache: Path, say: Callable[[str], None]) -> list[Row]:
         for network in plan.networks:
             found, racing = measured(network, data, plan, dataset, cache, say)
             rows += found
+            say(f"timing {network} at {dataset.image_size} pixels")
             rows += race(f"{network}-w{setting.width}{pixels}", racing, shape, plan, setting.width)
             for width in plan.widths:
                 shown = "" if width == PUBLISHED_WIDTH else f"-w{width}"
