@@ -12,7 +12,7 @@ that with group norm, `latency_ratio_torch` than torch; over 1 is faster. A row 
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +86,10 @@ class Wanted(NamedTuple):
     metric: str
     at_least: float | None = None
     at_most: float | None = None
+
+    def is_about(self, row: Row) -> bool:
+        """Returns whether a row is what is aimed at."""
+        return row.metric == self.metric and row.name.startswith(self.start) and row.name.endswith(self.end)
 
 
 TARGETS = (
@@ -235,19 +239,19 @@ def measure(plan: Plan, cache: Path, say: Callable[[str], None]) -> list[Row]:
     return rows
 
 
-def met(rows: Iterable[Row]) -> Table:
-    """Returns the targets and what was measured of them."""
+def met(rows: Sequence[Row]) -> Table:
+    """Returns the targets and what was measured of them, or that nothing was."""
     table = Table(title="targets")
     for column in ("target", "row", "measured", "met"):
         table.add_column(column)
     for wanted in TARGETS:
-        for row in rows:
-            fits = row.name.startswith(wanted.start) and row.name.partition("/")[0].endswith(("-fold", "-group"))
-            if row.metric != wanted.metric or not fits or not row.name.endswith(wanted.end):
-                continue
+        about = [row for row in rows if wanted.is_about(row)]
+        for row in about:
             enough = wanted.at_least is None or row.value >= wanted.at_least
             little = wanted.at_most is None or row.value <= wanted.at_most
             table.add_row(wanted.said, row.name, f"{row.value:.4g}", "yes" if enough and little else "no")
+        if not about:
+            table.add_row(wanted.said, "none", "", "not measured")
     return table
 
 
@@ -260,15 +264,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--network", choices=list(NETWORKS), help="this one alone")
     parser.add_argument("--data", choices=list(SETTINGS), help="these images alone")
     chosen = parser.parse_args(arguments)
+    if chosen.quick and (chosen.data or chosen.network):
+        parser.error("--quick has images and a network of its own")
     torch.set_num_threads(1)
     plan = QUICK if chosen.quick else FULL
     if chosen.network:
         plan = plan._replace(networks=(chosen.network,))
-    if chosen.data and not chosen.quick:
+    if chosen.data:
         plan = plan._replace(settings={chosen.data: SETTINGS[chosen.data]})
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(plan, chosen.cache or Path(folder), lambda sentence: console.print(sentence, highlight=False))
+    if not rows:
+        parser.exit(1, "nothing was measured: the images are missing\n")
     show("compression", rows, chosen.json)
     if not chosen.json:
         print_wide(met(rows))

@@ -120,6 +120,8 @@ def test_labels_tell_the_later_kinds_apart():
     told = {
         "pruned 2:4": NOfM(),
         "channels for 50 % of multiply-adds": ChannelPruning(),
+        "channels for 50 % of multiply-adds, one by one": ChannelPruning(multiple=1),
+        "channels for 50 % of multiply-adds, 16 at a time": ChannelPruning(multiple=16),
         "int4 weights": Int4(),
         "int4 weights in groups of 64": Int4(group_size=64),
         "bfloat16 weights": BFloat16(),

@@ -29,7 +29,8 @@ def study_with(folder, compression, *overrides):
         ("{kind='channels',multiply_adds=0.001}", (), "cannot be reached"),
         ("{kind='mixed',budget=0.01}", (), "budget is"),
         ("{kind='channels'}", (f"base.model={VIT}",), "the network cannot be traced"),
-        ("{kind='distil',student={kind='monai',network='NoNet'}}", (), "NoNet"),
+        ("{kind='distil',student={kind='monai',network='NoNet'}}", (), "NoNet.*[^.]\\. Change"),
+        ("{kind='distil',images='val'}", ("base.data.val=1",), "at least two images, and there are 1"),
         (
             "{kind='chain',steps=[{kind='channels',multiply_adds=0.001},{kind='distil'},{kind='int8'}]}",
             (),
@@ -49,6 +50,26 @@ def test_what_cannot_be_is_refused_before_a_training(roots, tmp_path, compressio
         assert caught.value.exit_code == 2
     with Store(tmp_path / "store") as store:
         assert not store.keys("runs")
+
+
+def test_a_budget_after_channels_waits_for_the_trained_weights(roots, tmp_path):
+    """Which channels leave is up to them, and what the others take at least too."""
+    alone = study_with(tmp_path, "{kind='mixed',budget=0.12}")
+    with pytest.raises(UserError, match="budget is"):
+        check_study(alone, tmp_path / "store", roots, Console(file=io.StringIO()))
+    after = study_with(tmp_path, "{kind='chain',steps=[{kind='channels'},{kind='mixed',budget=0.12}]}")
+    check_study(after, tmp_path / "store", roots, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("No space left on device")])
+def test_a_machine_at_its_end_is_no_mistake_of_the_user(roots, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(rehearsal, "export_onnx", full)
+    with pytest.raises(type(error)):
+        run_plan(plan_of(write_study(tmp_path, SMALLEST)), tmp_path / "store", roots)
+    assert rehearsal._TRIED == {}
 
 
 def test_a_network_that_no_file_can_hold_is_refused(roots, tmp_path, monkeypatch):

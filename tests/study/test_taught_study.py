@@ -176,6 +176,17 @@ def test_the_history_tells_of_the_teacher_and_the_report_counts_its_bytes(plan, 
     assert code == 0 and f"its teacher, trained before: {told}" in shown
 
 
+@pytest.mark.parametrize(("algorithm", "crosses"), [("centralised", True), ("local_only", False)])
+def test_pooled_images_cross_the_network_once_for_both_phases(algorithm, crosses, tmp_path, roots):
+    study = plan_of(write_study(tmp_path, SMALLEST + TEACHER), f"base.algorithm={{kind='{algorithm}'}}")
+    run_plan(study, tmp_path / "store", roots)
+    with Store(tmp_path / "store") as store:
+        first, *_ = store.run(study.trainings[0].key).history
+    pooled = 24 * 16 * 16 if crosses else 0  # all training images, a byte a pixel
+    assert (first["bytes_up"], first["teacher"]["bytes_up"]) == (0, pooled)
+    assert first["bytes_down"] == first["teacher"]["bytes_down"] == 0
+
+
 TAUGHT = PRIVATE + TEACHER
 
 

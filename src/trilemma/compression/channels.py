@@ -26,19 +26,20 @@ def prune_channels(
     """Returns a copy with fewer channels, whose layers have the names that they had.
 
     It computes exactly what the network would if the filters, biases, affine parameters and readers' columns of the
-    channels that left were zero. The unit is a channel, or as many as hold whole groups of every group normalisation
-    that looks at them (see `channel_spaces`), so the statistics of the groups that stay are what they were; with a
-    `multiple`, so many of similar importance that what stays is a multiple of it. One by one the unit leaves whose
-    importance per saved multiply-add is the least: the sum, over the layers that write it, of its filters' share of
-    the layer's remaining squared L2 norm. The last to leave is, of all that would do, the one that saves the least;
-    then what still fits comes back, the last to leave first, so no single unit more could have stayed. At least one
-    unit of each space stays, and all image channels and logits.
+    channels that left were zero. The unit is a channel, or as many as hold whole groups of every group
+    normalisation that looks at them (see `channel_spaces`), so the statistics of the groups that stay are what they
+    were; with a `multiple`, where the channels are one, so many of similar importance that what stays is a multiple
+    of it. One by one the unit leaves whose importance per saved multiply-add is the least: the sum, over the layers
+    that write it, of its filters' share of the layer's remaining squared L2 norm. The last to leave is, of all that
+    would do, the one that saves the least; then what still fits comes back, the last to leave first, so no single
+    unit more could have stayed. At least one unit of each space stays, and all image channels and logits.
 
     Args:
         classifier: The network; unchanged.
         keep_multiply_adds: Largest share of the multiply-adds that may be left, in (0, 1]; 1 gives an equal network.
         image_shape: C, H and W of an image.
-        multiple: At least 1: the channels of a place stay a multiple of it, where they are twice it or more.
+        multiple: At least 1: the channels of a place stay a multiple of it, and of whole groups, where they are one and
+            more than that; elsewhere they leave one unit after the other.
 
     Raises:
         ValueError: For a share outside (0, 1], one that cannot be reached, or a network that cannot be traced.
@@ -55,7 +56,8 @@ def prune_channels(
         if not choice.remove(at_most):
             least = choice.total() / sum(counts.values())
             problem = f"share {keep_multiply_adds:.3g} of the multiply-adds cannot be reached"
-            raise ValueError(f"The {problem}: with one unit of channels in each place {least:.3g} are left.")
+            together = f", {multiple} together," if multiple > 1 else ""
+            raise ValueError(f"The {problem}: with one unit of channels{together} in each place {least:.3g} are left.")
     choice.give_back(at_most)
     kept = [choice.channels(space) for space in range(len(spaces.spaces))]
     small = _restricted(classifier, spaces, kept)

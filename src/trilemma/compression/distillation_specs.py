@@ -37,7 +37,7 @@ class Distillation(Step):
     epochs: int = Field(default=10, ge=1)
     learning_rate: float = Field(default=0.001, gt=0, le=1)
     batch_size: int = Field(default=64, ge=2)
-    temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(default=2.0, gt=0, le=1000)
 
     @model_validator(mode="after")
     def _data_is_public(self) -> "Distillation":
@@ -99,8 +99,8 @@ class Distillation(Step):
         return plain_copy(taught)  # a new student with standardised weights trains with them and is folded here
 
     def rehearsed(self) -> "Distillation":
-        """Returns one step of distillation, on public images."""
-        return Distillation(student=self.student, num_images=2, epochs=1, batch_size=2)
+        """Returns one that hardly learns."""
+        return self.model_copy(update={"epochs": 1, "batch_size": 2, "learning_rate": 1e-6})
 
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network of the student's layers."""

@@ -73,8 +73,9 @@ class ChannelPruning(Step):
 
     Attributes:
         multiply_adds: Share of the multiply-adds that may be left, at most.
-        multiple: Channels leave so many at a time that a multiple of it stays, where there are twice as many or more: a
-            processor computes 8 or 16 at once, and a few that are left over cost it as much. 1: one by one.
+        multiple: Channels leave so many at a time that a multiple of it stays, wherever a layer has a multiple of it to
+            begin with and more than one; elsewhere they leave one by one. A processor computes 8 or 16 at once, and a
+            few that are left over cost it as much. 1: one by one everywhere.
     """
 
     kind: Literal["channels"] = "channels"
@@ -84,7 +85,8 @@ class ChannelPruning(Step):
     @property
     def label(self) -> str:
         """Returns the text for tables."""
-        return f"channels for {100 * self.multiply_adds:.4g} % of multiply-adds"
+        together = {8: "", 1: ", one by one"}.get(self.multiple, f", {self.multiple} at a time")
+        return f"channels for {100 * self.multiply_adds:.4g} % of multiply-adds{together}"
 
     def apply(self, classifier: Classifier, material: Material) -> Classifier:
         """Returns a smaller copy.

@@ -94,8 +94,15 @@ class Chain(Step):
         return classifier
 
     def rehearsed(self) -> "Chain":
-        """Returns the chain with every step rehearsed."""
-        return self.model_copy(update={"steps": tuple(step.rehearsed() for step in self.steps)})
+        """Returns the chain of what its steps would rehearse.
+
+        Which channels leave depends on the weights, and with them the fewest bytes that the others can take: a budget
+        after them is as large as can be.
+        """
+        steps = [step.rehearsed() for step in self.steps]
+        if any(isinstance(step, ChannelPruning) for step in steps) and isinstance(steps[-1], MixedPrecision):
+            steps[-1] = steps[-1].model_copy(update={"budget": 0.999})
+        return self.model_copy(update={"steps": tuple(steps)})
 
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with the layers that the last step leaves."""

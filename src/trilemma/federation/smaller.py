@@ -70,7 +70,9 @@ class Int8Training(Spec):
 class Teacher(Spec):
     """A larger network that the hospitals train first, and whose answers the model then learns beside the labels.
 
-    Both are trained on the hospitals' own images, and a guarantee counts the steps of both.
+    Both are trained on the hospitals' own images, and a guarantee counts the steps of both. The teacher is trained as
+    the model is, with its local steps, defence, privacy, rule and codec, but without downlink, pruning, quantisation
+    and early stopping, which are for what ships.
 
     Attributes:
         model: The teacher's network.

@@ -85,13 +85,16 @@ def whole_bytes(state: TrainingState) -> int:
 
 
 def _plain_bytes(federation: Federation, client: Client, state: TrainingState) -> int:
-    """Returns what a client sends without a codec: the update in float32, or in `centralised` its images, once."""
+    """Returns what a client sends without a codec: the update in float32, or in `centralised` its images, once.
+
+    Where there is a teacher, its training has already brought them.
+    """
     algorithm = federation.spec.algorithm
     if isinstance(algorithm, LocalOnly):
         return 0
     if isinstance(algorithm, Centralised):
         images = sum(shard.records.images_NCHW.nbytes for shard in client.shards)
-        return images if state.round == 0 else 0
+        return images if state.round == 0 and federation.spec.teacher is None else 0
     return whole_bytes(state)
 
 

@@ -18,7 +18,7 @@ _Round = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes of one direction; all of them means over seeds.
+    """Bytes of one direction in the model's own rounds, a teacher's left out; all of them means over seeds.
 
     Attributes:
         mean: Of one hospital in one round.

@@ -66,7 +66,8 @@ def traffic_caption() -> str:
     return (
         "Bytes of one hospital in one round, each way: how they are written, their mean over hospitals and rounds, the "
         "largest, and how many times fewer the mean is than the model in float32. In all: both ways, of all hospitals "
-        "in all rounds. The first time a hospital takes part, the whole model comes down to it."
+        "in all rounds. The first time a hospital takes part, the whole model comes down to it. A teacher's rounds, "
+        "which come first and are of another network, count in that sum alone."
     )
 
 
@@ -85,8 +86,8 @@ def seconds_caption() -> str:
     """Returns what the table of seconds shows."""
     return (
         "How long the hospitals of a round send or receive, each on a line of its own and all at the same time: the "
-        "time of the slowest, in the mean over rounds, computed from its bytes alone. Where only the sum of a round "
-        "was recorded, hospitals count as equal."
+        "time of the slowest, in the mean over the model's own rounds, computed from its bytes alone. Where only the "
+        "sum of a round was recorded, hospitals count as equal."
     )
 
 

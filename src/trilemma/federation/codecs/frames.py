@@ -1,8 +1,8 @@
 """What crosses the network: a payload behind a header that tells whether it is whole.
 
 A frame is `TRIU`, a version, the codec's number, the payload's length, a checksum of all that and of the body, and the
-body, which zstandard makes smaller where it can. Whoever changes or cuts it off is found out; who it was the server
-knows from the connection.
+body, which zstandard makes smaller where it can. What was damaged or cut off on the way is found out; who sent it
+the server knows from the connection. A checksum keeps nobody out who means harm: what a frame holds is examined too.
 """
 
 import struct
