@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# One test process for each core, and one thread in each: more only get into each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto
+# One test process for each core, and one thread in each: more only get into each other's way. A process begins with tests
+# that stand together, so that what a module prepares is prepared once, and takes others over when it is done.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
 
 .PHONY: setup study test test-slow lint format bench docs clean
 
