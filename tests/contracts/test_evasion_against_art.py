@@ -103,9 +103,15 @@ CASES = {
     "apgd-ce": Case(Apgd(radii=R, steps=30), APGD(loss_type="cross_entropy"), seeds=4),
     "apgd-l2": Case(Apgd(radii=R, norm="l2", steps=30), APGD(loss_type="cross_entropy"), seeds=4, slow=(10,)),
     "apgd-dlr": Case(
-        Apgd(radii=R, steps=30, loss="dlr"), APGD(loss_type="difference_logits_ratio"), seeds=4, classes=(3, 10)
+        Apgd(radii=R, steps=30, loss="dlr"),
+        APGD(loss_type="difference_logits_ratio"),
+        seeds=4,
+        classes=(3, 10),
+        slow=(10,),
     ),
-    "deepfool-l2": Case(DeepFool(radii=R, norm="l2"), partial(toolbox.attacked, "DeepFool", max_iter=50, epsilon=0.02)),
+    "deepfool-l2": Case(
+        DeepFool(radii=R, norm="l2"), partial(toolbox.attacked, "DeepFool", max_iter=50, epsilon=0.02), slow=(10,)
+    ),
     "carlini-wagner-l2": Case(CarliniWagner(radii=R, steps=50), CW, slow=(3, 10)),
     "hop_skip_jump-l2": Case(HopSkipJump(radii=R, norm="l2"), DECISIONS, wider=1.25, slow=(2, 3, 10)),
     # Square in L2 has no counterpart: the toolbox's divides by zero.

@@ -37,7 +37,8 @@ class Forks:
 
     def __init__(self) -> None:
         self.context = get_context("forkserver")
-        self.context.set_forkserver_preload(["trilemma.cli", "trilemma.study.engine", "trilemma.report.html"])
+        own = ["trilemma.cli", "trilemma.study.engine", "trilemma.report.html"]
+        self.context.set_forkserver_preload([*own, "opacus.accountants", "onnxruntime"])
 
     def run(self, arguments: Sequence[object], releases: Path, delay: float) -> Ending:
         """Runs a command line and kills it after `delay` seconds.

@@ -89,11 +89,11 @@ def test_calibration_meets_its_target_and_wastes_little(target, delta, rate, ste
 
 
 def test_calibration_is_monotone():
-    base = noise_multiplier(2, 1e-5, 0.1, 10)
-    assert noise_multiplier(4, 1e-5, 0.1, 10) < base
-    assert noise_multiplier(2, 1e-5, 0.1, 40) > base
-    assert noise_multiplier(2, 1e-5, 0.4, 10) > base
-    assert noise_multiplier(2, 1e-7, 0.1, 10) > base
+    base = noise_multiplier(2, 1e-5, 0.02, 10)
+    assert noise_multiplier(4, 1e-5, 0.02, 10) < base
+    assert noise_multiplier(2, 1e-5, 0.02, 40) > base
+    assert noise_multiplier(2, 1e-5, 0.08, 10) > base
+    assert noise_multiplier(2, 1e-7, 0.02, 10) > base
 
 
 def test_out_of_reach_is_said():

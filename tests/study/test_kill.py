@@ -158,7 +158,7 @@ def test_it_resumes_at_the_last_finished_round(roots, tmp_path):
 
 def test_killed_without_its_workers_it_can_be_run_again_at_once(roots, tmp_path):
     """Only the parent dies (for want of memory, say): its workers follow, and disturb nothing until they do."""
-    longer = "seeds = [0, 1]" + LONG.replace("rounds = 16", "rounds = 40")
+    longer = "seeds = [0, 1]" + LONG.replace("rounds = 16", "rounds = 24")
     study, store = write_study(tmp_path, longer), tmp_path / "store"
     run_plan(plan_of(study), tmp_path / "undisturbed", roots)
     process = start(study, store, roots, 2)
