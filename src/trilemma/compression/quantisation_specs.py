@@ -195,6 +195,10 @@ class MixedPrecision(_Calibrated):
 
         return _in_bits(classifier, material, chosen, self.group_size)
 
+    def rehearsed(self) -> "MixedPrecision":
+        """Returns one that measures the harm on a single image."""
+        return self.model_copy(update={"num_calibration": 1})
+
     def skeleton(self, classifier: Classifier, stored: Mapping[str, Tensor], image_shape: ImageShape) -> Classifier:
         """Returns a network with places for the stored levels and scales."""
         return _with_places(classifier, stored)
