@@ -25,8 +25,19 @@ def start(study: Path, store: Path, roots, jobs: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "trilemma", "run", str(study), "--store", str(store), "--jobs", str(jobs)]
     environment = {**os.environ, "TRILEMMA_CACHE": str(roots.cache), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_listens_to_ctrl_c,
     )
+
+
+def _listens_to_ctrl_c() -> None:
+    """Undoes what these tests inherit where a script started them in the background: SIGINT is ignored there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def finish(process: subprocess.Popen) -> str:
