@@ -25,19 +25,8 @@ def start(study: Path, store: Path, roots, jobs: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "trilemma", "run", str(study), "--store", str(store), "--jobs", str(jobs)]
     environment = {**os.environ, "TRILEMMA_CACHE": str(roots.cache), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
     return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_listens_to_ctrl_c,
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-
-
-def _listens_to_ctrl_c() -> None:
-    """Undoes what these tests inherit where a script started them in the background: SIGINT is ignored there."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -194,7 +183,10 @@ def test_killed_without_its_workers_it_can_be_run_again_at_once(roots, tmp_path)
 def test_ctrl_c_ends_it_without_a_traceback(roots, tmp_path):
     """As a terminal does it: the signal goes to the run and its workers alike."""
     study, store = write_study(tmp_path, "seeds = [0, 1]" + LONG), tmp_path / "store"
+    # Where a script started the tests in the background, SIGINT is ignored, and the run would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(study, store, roots, 2)
+    signal.signal(signal.SIGINT, before)
     give_up = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < give_up and not list((store / "checkpoints").glob("*.rounds")):
         time.sleep(0.01)
